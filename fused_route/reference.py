@@ -1,0 +1,155 @@
+"""The routed linear and the routed adapter in plain torch: the specification of both.
+
+Forward only, autograd differentiates it; any device and floating dtype. Every test and benchmark
+holds other implementations to this file, and it runs where kernels cannot. Arguments are those of
+`functional`, which checks them.
+
+    x_t = x̂_h Aᵀ + b_A,  x_v = x̂_r Aᵀ + b_A,  z = φ(x_t, x_v)            (arXiv 2403.09377, fig. 2)
+    routed linear    y = base(x_h) + s · up(z), segment by segment
+    routed adapter   y = act(z) Bᵀ + b_B (+ x_h)
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .context import RoutingInput
+from .routing import Routing
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout on the inputs of A, by given masks: x̂ = keep ∘ x / (1 − p). The base path has none.
+
+    keep_h has the shape of x_h, keep_r that of x_r; None keeps everything.
+    """
+
+    p: float
+    keep_h: Tensor | None
+    keep_r: Tensor | None
+
+    def apply(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """x̂."""
+        return x if keep is None else torch.where(keep, x / (1.0 - self.p), 0.0)
+
+
+NO_DROPOUT = Dropout(0.0, None, None)
+
+
+def grouped(x: Tensor, G: int) -> Tensor:
+    """(B, N, G·C) to (B, G, N, C)."""
+    return x.unflatten(-1, (G, -1)).transpose(1, 2)
+
+
+def ungrouped(x: Tensor) -> Tensor:
+    """(B, G, N, C) to (B, N, G·C)."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+def bottleneck(
+    x_h: Tensor,
+    routing_input: RoutingInput | None,
+    A: Tensor,
+    b_A: Tensor | None,
+    *,
+    routing: Routing,
+    groups: int,
+    dropout: Dropout,
+) -> Tensor:
+    """z, of the shape of x_h with d replaced by R; x_h is (B, …, d), or (…, d) in packed rows."""
+    x_t = F.linear(dropout.apply(x_h, dropout.keep_h), A, b_A)
+    if routing_input is None or routing.route.takes == "nothing":
+        return x_t
+    G = 1 if routing.segments == "joint" else groups
+    x_r = routing_input.x_r.to(x_h.dtype)
+    x_v = F.linear(dropout.apply(x_r, dropout.keep_r), A, b_A)
+    operand = routing.operand(grouped(x_v, G), routing_input.mask)
+    if routing_input.sample_index is None:
+        B, *between, R = x_t.shape
+        rows = x_t.reshape(B, math.prod(between), R)
+        return ungrouped(routing.mix(grouped(rows, G), operand)).view_as(x_t)
+
+    rows = x_t.reshape(-1, x_t.shape[-1])
+    padded, sample, position = unpacked(rows, routing_input)
+    routed = ungrouped(routing.mix(grouped(padded, G), operand))[sample, position]
+    is_padding = (routing_input.sample_index < 0).unsqueeze(-1)
+    return torch.where(is_padding, rows, routed).view_as(x_t)
+
+
+def unpacked(rows: Tensor, routing_input: RoutingInput) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed rows (M, R) as a batch (B, longest, R) with zeros, and each row's place in it.
+
+    Padding rows have no place of their own: theirs is (0, 0), and nothing is written there.
+    """
+    sample_index, offsets = routing_input.sample_index, routing_input.offsets
+    assert sample_index is not None and offsets is not None
+    is_padding = sample_index < 0
+    sample = sample_index.long().clamp_min(0)
+    position = torch.arange(rows.shape[0], device=rows.device) - offsets[sample]
+    position = position.masked_fill(is_padding, 0)
+    longest = max(int(offsets.diff().max()), 1)
+    padded = rows.new_zeros(routing_input.batch_size, longest, rows.shape[-1])
+    valid = ~is_padding
+    return padded.index_put((sample[valid], position[valid]), rows[valid]), sample, position
+
+
+def routed_linear(
+    x_h: Tensor,
+    base_out: Tensor,
+    routing_input: RoutingInput | None,
+    A: Tensor,
+    B: Tensor,
+    *,
+    routing: Routing,
+    s: float,
+    adapted: tuple[int, ...],
+    of: int,
+    dropout: Dropout = NO_DROPOUT,
+) -> Tensor:
+    """y = base_out, plus s · z_g B_gᵀ in the column block of each adapted segment.
+
+    base_out (…, of·n); A (R, d) with R = g·r; B (g·n, r). Blocks that are not adapted are not
+    computed, only copied.
+    """
+    g = len(adapted)
+    z = bottleneck(x_h, routing_input, A, None, routing=routing, groups=g, dropout=dropout)
+    z, B = z.unflatten(-1, (g, -1)), B.unflatten(0, (g, -1))  # (…, g, r), (g, n, r)
+    update = torch.einsum("...gr,gnr->...gn", z, B) * s
+    update = update.to(base_out.dtype)
+    if of == 1:
+        return base_out + update.squeeze(-2)
+    blocks = list(base_out.chunk(of, -1))
+    for group, segment in enumerate(adapted):
+        blocks[segment] = blocks[segment] + update[..., group, :]
+    return torch.cat(blocks, -1)
+
+
+def routed_adapter(
+    x_h: Tensor,
+    routing_input: RoutingInput | None,
+    A: Tensor,
+    b_A: Tensor | None,
+    B: Tensor,
+    b_B: Tensor | None,
+    *,
+    routing: Routing,
+    activation: str,
+    residual: bool,
+    dropout: Dropout = NO_DROPOUT,
+) -> Tensor:
+    """y = act(z) Bᵀ + b_B, plus x_h where residual; A (r, d), b_A (r,), B (d, r), b_B (d,)."""
+    z = bottleneck(x_h, routing_input, A, b_A, routing=routing, groups=1, dropout=dropout)
+    y = F.linear(ACTIVATIONS[activation](z), B, b_B)
+    return y + x_h if residual else y

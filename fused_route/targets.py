@@ -1,0 +1,109 @@
+"""Finding the modules of a model that a configuration names."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import RoutedConfig
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module and every name it has in the model (shared modules have several)."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+
+
+def find_targets(model: nn.Module, config: RoutedConfig) -> list[Target]:
+    """The modules that target_modules, layers_to_transform and layers_pattern select.
+
+    Raises:
+        ValueError: nothing matches, or an index in layers_to_transform matches nothing.
+    """
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    missed_layers = set(config.layers_to_transform or ())
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or not is_named(name, config.target_modules):
+            continue
+        if config.layers_to_transform is not None:
+            index = layer_index(name, config.layers_pattern)
+            if index not in config.layers_to_transform:
+                continue
+            missed_layers.discard(index)
+        names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
+    if not modules:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches no module"
+            f"{_in_layers(config)}; linear layers end in: {', '.join(_linear_endings(model))}"
+        )
+    if missed_layers:
+        raise ValueError(f"layers_to_transform={sorted(missed_layers)}: no target in these layers")
+    return [Target(module, tuple(names[key])) for key, module in modules.items()]
+
+
+def is_named(name: str, patterns: str | Sequence[str]) -> bool:
+    """Whether a module's name matches: wholly a regular expression, or an item as name or suffix.
+
+    Raises:
+        ValueError: not a regular expression.
+    """
+    if isinstance(patterns, str):
+        try:
+            return re.fullmatch(patterns, name) is not None
+        except re.error as error:
+            raise ValueError(
+                f"target_modules={patterns!r} is no regular expression: {error}"
+            ) from None
+    return any(name == item or name.endswith(f".{item}") for item in patterns)
+
+
+def layer_index(name: str, pattern: str | None) -> int | None:
+    """The index after `pattern` in a module's name, or the first number in it; None if none."""
+    parts = name.split(".")
+    for before, part in zip(["", *parts], parts, strict=False):
+        if part.isdigit() and pattern in (None, before):
+            return int(part)
+    return None
+
+
+def is_causal(model: nn.Module, name: str) -> bool:
+    """Whether the named module sits in a decoder, where a token must not see later ones.
+
+    Looks for the nearest enclosing module with an attention that says whether it is causal; where
+    none says, a model that generates without an encoder is one.
+    """
+    for end in range(name.count("."), 0, -1):
+        enclosing = model.get_submodule(".".join(name.split(".")[:end]))
+        said = [
+            bool(getattr(module, flag))
+            for module in enclosing.modules()
+            for flag in ("is_causal", "is_decoder")
+            if isinstance(getattr(module, flag, None), bool)
+        ]
+        if said:
+            return any(said)
+    config = getattr(model, "config", None)
+    generates = getattr(model, "can_generate", None)
+    is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    return bool(callable(generates) and generates() and not is_encoder_decoder)
+
+
+def _in_layers(config: RoutedConfig) -> str:
+    layers = config.layers_to_transform
+    return "" if layers is None else f" in layers_to_transform={list(layers)}"
+
+
+def _linear_endings(model: nn.Module) -> list[str]:
+    """Last parts of the names of what looks like a linear layer, most frequent first."""
+    count: dict[str, int] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if name and weight is not None and weight.dim() == 2 and not list(module.children()):
+            ending = name.rsplit(".", 1)[-1]
+            count[ending] = count.get(ending, 0) + 1
+    return sorted(count, key=lambda ending: -count[ending])[:12]

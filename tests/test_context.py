@@ -1,0 +1,164 @@
+"""The holder of the routing input: what it refuses, what it restores."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import packed
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fused_route import RoutedAdapter, RoutedLinear, RoutingContext, RoutingInput, VisualProjector
+
+D = 6
+
+
+def layer(context: RoutingContext | None = None) -> RoutedLinear:
+    made = RoutedLinear(nn.Linear(D, D), 3, context=context)
+    nn.init.normal_(made.B)
+    return made
+
+
+def test_layers_refuse_what_does_not_match() -> None:
+    routed, x_h = layer(), torch.randn(3, 4, D)
+    with pytest.raises(ValueError, match="RoutedLinear has no routing input"):
+        routed(x_h)
+    with routed.context.using(torch.randn(2, D)), pytest.raises(ValueError, match="a batch of 2"):
+        routed(x_h)
+    with routed.context.using(torch.randn(1, D)), pytest.raises(ValueError, match="a batch of 1"):
+        routed(x_h)  # a stale batch of 1 would broadcast without a word
+    with routed.context.using(torch.randn(3, D + 1)), pytest.raises(ValueError, match="width 6"):
+        routed(x_h)
+    with pytest.raises(ValueError, match="no routing input"):
+        routed(x_h)  # cleared at the end of each block
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda: RoutingInput(torch.zeros(2, 3, dtype=torch.int64)), "floating-point"),
+        (lambda: RoutingInput([1.0]), "floating-point tensor, got list"),  # type: ignore[arg-type]
+        (lambda: RoutingInput(torch.zeros(2, 3, 4, 5)), r"got \(2, 3, 4, 5\)"),
+        (lambda: RoutingInput(torch.zeros(2, 0, 4)), "Nv ≥ 1"),
+        (lambda: RoutingInput(torch.zeros(2, 3, 4), torch.ones(2, 3)), "mask must be bool"),
+        (lambda: RoutingInput(torch.zeros(2, 3, 4), torch.ones(3, 2).bool()), "mask must be bool"),
+        (lambda: indexed([0, 1, 0]), "not in order|got values from 0 to 1, not in order"),
+        (lambda: indexed([0, 2]), "from 0 to 2"),
+        (lambda: indexed([-2, 0]), "from -2 to 0"),
+        (lambda: RoutingInput(torch.zeros(2, 4), None, torch.zeros(3)), "integers"),
+    ],
+)
+def test_routing_input_refuses(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        given()  # type: ignore[operator]
+
+
+def indexed(index: list[int]) -> RoutingInput:
+    return RoutingInput(torch.randn(2, D), None, torch.tensor(index))
+
+
+@pytest.mark.parametrize(
+    ("index", "offsets"),
+    [
+        ([0, 0, 1], [0, 2, 3]),
+        ([1, 1], [0, 0, 2]),
+        ([-1, 0, -1, 1, -1], [1, 3, 5]),
+        ([-1, -1], [2, 2, 2]),
+        ([], [0, 0, 0]),
+    ],
+)
+def test_offsets(index: list[int], offsets: list[int]) -> None:
+    found = (
+        indexed(index).offsets
+        if index
+        else RoutingInput(torch.randn(2, D), None, torch.empty(0, dtype=torch.int64)).offsets
+    )
+    assert found is not None and found.tolist() == offsets
+
+
+def test_padding_rows_pass_unrouted() -> None:
+    adapter = RoutedAdapter(D, 3, "mul", "none")
+    nn.init.normal_(adapter.B)
+    x_h = torch.randn(5, D)
+    with adapter.context.using(packed([1, 2], torch.randn(2, D))):
+        y = adapter(x_h)
+    assert adapter.b_A is not None
+    x_t = x_h @ adapter.A.T + adapter.b_A
+    torch.testing.assert_close(y[-2:], x_h[-2:] + x_t[-2:] @ adapter.B.T)
+
+
+def test_packed_rows_must_match() -> None:
+    routed = layer()
+    with routed.context.using(packed([1, 2], torch.randn(2, D))):
+        assert routed(torch.randn(1, 5, D)).shape == (1, 5, D)
+        with pytest.raises(ValueError, match="5 rows, x_h has 6"):
+            routed(torch.randn(6, D))
+
+
+def test_beams_are_expanded_sample_by_sample() -> None:
+    routed, x_h, x_r = layer(), torch.randn(2, 4, D), torch.randn(2, 1, D)
+    with routed.context.using(x_r):
+        single = routed(x_h)
+    with routed.context.using(RoutingInput(x_r, torch.ones(2, 1).bool()).repeated(3)):
+        beams = routed(x_h.repeat_interleave(3, 0))
+    torch.testing.assert_close(beams, single.repeat_interleave(3, 0))
+    with pytest.raises(ValueError, match="cannot be expanded"):
+        packed([1, 1], torch.randn(2, D)).repeated(2)
+
+
+def test_nested_using_restores_and_survives_errors() -> None:
+    context = RoutingContext()
+    outer, inner = torch.randn(1, D), torch.randn(2, D)
+    with context.using(outer):
+        with pytest.raises(RuntimeError, match="inside"), context.using(inner):
+            raise RuntimeError("inside")
+        assert context.get(D, "layer").batch_size == 1
+        with pytest.raises(ValueError, match="x_r must be"):
+            context.set(torch.randn(3))
+        assert context.get(D, "layer").batch_size == 1
+    assert repr(context) == "RoutingContext(empty)"
+
+
+def test_projector_serves_every_width() -> None:
+    projector = VisualProjector(10, {6, 8, 10})
+    context = RoutingContext(projector)
+    x_r = torch.randn(2, 3, 10)
+    context.set(RoutingInput(x_r, torch.tensor([[True, False, True]] * 2)))
+    assert {d: context.get(d, "layer").width for d in (6, 8, 10)} == {6: 6, 8: 8, 10: 10}
+    assert len(projector.projections) == 2
+    with pytest.raises(ValueError, match="visual_width=10"):
+        context.set(torch.randn(2, 9))
+
+
+def test_copies_share_one_context_and_leave_the_image_behind() -> None:
+    context = RoutingContext()
+    model = nn.Sequential(layer(context), layer(context))
+    context.set(torch.randn(2, D, requires_grad=True) * 2)  # not a leaf: could not be copied
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied[0].context is copied[1].context is not context
+        with pytest.raises(ValueError, match="no routing input"):
+            copied(torch.randn(2, 3, D))
+
+
+@pytest.mark.parametrize("clear", ["using", "sticky"])
+def test_checkpointing_recomputes_with_the_image_of_its_forward(clear: str) -> None:
+    routed = layer()
+    images, x_h = torch.randn(2, 2, 1, D), torch.randn(2, 3, D, requires_grad=True)
+
+    def gradient(checkpointed: str) -> Tensor:
+        total = torch.zeros(())
+        for image in images:  # two forwards, then one backward
+            routed.context.set(image)
+            if checkpointed == "yes":
+                y = checkpoint(
+                    routed, x_h, use_reentrant=False, context_fn=routed.context.checkpoint_contexts
+                )
+            else:
+                y = routed(x_h)
+            total = total + y.square().sum()
+            if clear == "using":
+                routed.context.clear()
+        return torch.autograd.grad(total, routed.A)[0]
+
+    torch.testing.assert_close(gradient("yes"), gradient("no"), rtol=0, atol=0)

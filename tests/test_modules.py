@@ -1,0 +1,247 @@
+"""The two layers: what they start as, what they keep, what they refuse."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fused_route import (
+    Dropout,
+    RoutedAdapter,
+    RoutedLinear,
+    Routing,
+    RoutingInput,
+    routed_adapter,
+    routed_linear,
+)
+
+D = 8
+
+
+def quadruple(x: Tensor) -> Tensor:
+    return torch.cat([x] * 4, -1)
+
+
+BASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "linear": (lambda: nn.Linear(D, 12), {}),
+    "no bias": (lambda: nn.Linear(D, 12, bias=False), {}),
+    "conv1d": (lambda: Conv1D(12, D), {}),
+    "fused": (lambda: Conv1D(12, D), {"adapted": (0, 2), "of": 3}),
+    "callable": (lambda: quadruple, {"in_features": D, "out_features": 4 * D}),
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_any_base_is_kept_and_called(kind: str) -> None:
+    make, arguments = BASES[kind]
+    base = make()
+    layer = RoutedLinear(base, 4, 8, "add", **arguments)
+    x_h, x_r = torch.randn(2, 3, D), torch.randn(2, D)
+    assert layer.base is base
+    with layer.context.using(x_r):
+        torch.testing.assert_close(layer(x_h), base(x_h), rtol=0, atol=0)  # B = 0 at the start
+        nn.init.normal_(layer.B)
+        y = layer(x_h)
+    z = x_h @ layer.A.T + (x_r @ layer.A.T).unsqueeze(1)
+    g, of = len(layer.adapted), layer.of
+    expected = list(base(x_h).chunk(of, -1))
+    for group, segment in enumerate(layer.adapted):
+        update = z.chunk(g, -1)[group] @ layer.B.chunk(g)[group].T
+        expected[segment] = expected[segment] + 2.0 * update
+    torch.testing.assert_close(y, torch.cat(expected, -1))
+
+
+def test_segments_not_adapted_are_the_base_bit_for_bit() -> None:
+    layer = RoutedLinear(nn.Linear(D, 12), 4, adapted=(2, 0), of=3)
+    nn.init.normal_(layer.B)
+    x_h = torch.randn(2, 3, D)
+    with layer.context.using(torch.randn(2, D)):
+        y, base = layer(x_h), layer.base(x_h)
+    assert torch.equal(y[..., 4:8], base[..., 4:8])
+    assert not torch.equal(y[..., :4], base[..., :4])
+
+
+@pytest.mark.parametrize("normalize", ["none", "unit"])
+def test_initial_values_and_first_gradients(normalize: str) -> None:
+    routing = Routing("gram", normalize=normalize)
+    layers: list[Any] = [RoutedLinear(nn.Linear(D, D), 64, route=routing)]
+    layers.append(RoutedAdapter(D, 64, routing))
+    for layer in layers:
+        bound = 1 / math.sqrt(D)
+        assert layer.A.abs().max() <= bound and layer.A.std() > 0.5 * bound
+        assert (layer.B == 0).all()
+        with layer.context.using(torch.randn(2, 3, D)):
+            layer(torch.randn(2, 4, D)).square().sum().backward()
+        assert (layer.A.grad == 0).all() and (layer.B.grad != 0).any()
+
+
+def test_adapter_starts_as_the_identity() -> None:
+    x_h = torch.randn(2, 4, D)
+    for residual, expected in ((True, x_h), (False, torch.zeros_like(x_h))):
+        adapter = RoutedAdapter(D, 4, residual=residual)
+        with adapter.context.using(torch.randn(2, D)):
+            torch.testing.assert_close(adapter(x_h), expected, rtol=0, atol=0)
+
+
+class HostConfig(PretrainedConfig):
+    model_type = "routed_host"
+
+
+class Host(PreTrainedModel):
+    """A Hugging Face model with routed layers of its own; a base class without them."""
+
+    config_class = HostConfig
+    routed = True
+
+    def __init__(self, config: HostConfig) -> None:
+        super().__init__(config)
+        self.dense: nn.Module = nn.Linear(D, D)
+        if self.routed:
+            self.dense = nn.ModuleDict(
+                {"linear": RoutedLinear(nn.Linear(D, D), 4), "adapter": RoutedAdapter(D, 4)}
+            )
+        self.post_init()
+
+
+class PlainHost(Host):
+    routed = False
+
+
+def test_initial_values_survive_from_pretrained(tmp_path: Path) -> None:
+    """A checkpoint without the layers: A drawn, B zero; a checkpoint with them: its values."""
+    PlainHost(HostConfig()).save_pretrained(tmp_path / "plain")
+    host = Host.from_pretrained(tmp_path / "plain")
+    for layer in (host.dense["linear"], host.dense["adapter"]):
+        bound = 1 / math.sqrt(D)
+        assert 0.5 * bound < layer.A.std() < bound and layer.A.abs().max() <= bound
+        assert (layer.B == 0).all()
+        nn.init.normal_(layer.B)
+    assert (host.dense["adapter"].b_B == 0).all()
+    host.save_pretrained(tmp_path / "routed")
+    again = Host.from_pretrained(tmp_path / "routed")
+    for name, tensor in host.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_skipped_initialisers_do_not_reach_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("kaiming_uniform_", "uniform_", "zeros_", "normal_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *a, **k: tensor)
+    layer = RoutedLinear(nn.Linear(D, D), 64)
+    assert layer.A.std() > 0.5 / math.sqrt(D) and (layer.B == 0).all()
+
+
+def test_device_and_dtype_follow_the_base() -> None:
+    half = RoutedLinear(nn.Linear(D, D, dtype=torch.bfloat16), 4)
+    assert half.A.dtype == half.B.dtype == torch.bfloat16
+    mixed = RoutedLinear(nn.Linear(D, D, dtype=torch.bfloat16), 4, dtype=torch.float32)
+    x_h = torch.randn(2, 3, D, dtype=torch.bfloat16)
+    with mixed.context.using(torch.randn(2, D)):
+        with pytest.raises(ValueError, match=r"A is torch.float32, x_h is torch.bfloat16"):
+            mixed(x_h)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mixed(x_h).dtype == torch.bfloat16
+    meta = RoutedLinear(nn.Linear(D, D, device="meta"), 4)
+    assert meta.A.is_meta
+
+
+def test_dropout_in_training_only_and_from_torchs_generator() -> None:
+    layer = RoutedLinear(nn.Linear(D, D), 4, dropout=0.5)
+    nn.init.normal_(layer.B)
+    x_h, x_r = torch.randn(2, 3, D), torch.randn(2, 1, D)
+    with layer.context.using(x_r):
+        torch.manual_seed(1)
+        first = layer(x_h)
+        assert not torch.equal(first, layer(x_h))
+        torch.manual_seed(1)
+        assert torch.equal(first, layer(x_h))
+        torch.manual_seed(1)
+        keep_h = torch.empty_like(x_h, dtype=torch.bool).bernoulli_(0.5)
+        keep_r = torch.empty_like(x_r, dtype=torch.bool).bernoulli_(0.5)
+        given = Dropout(0.5, keep_h, keep_r)
+        masked = routed_linear(x_h, layer.A, layer.B, x_r, base_out=layer.base(x_h), dropout=given)
+        assert torch.equal(first, masked)
+        layer.eval()
+        assert torch.equal(layer(x_h), layer(x_h))
+
+
+def test_none_needs_no_image() -> None:
+    x_h = torch.randn(2, 3, D)
+    layer = RoutedLinear(nn.Linear(D, D), 4, route="none")
+    nn.init.normal_(layer.B)
+    torch.testing.assert_close(layer(x_h), layer.base(x_h) + x_h @ layer.A.T @ layer.B.T)
+
+
+def test_rows_may_have_any_shape() -> None:
+    layer = RoutedLinear(nn.Linear(D, D), 4)
+    nn.init.normal_(layer.B)
+    x_h = torch.randn(2, 12, D)
+    with layer.context.using(torch.randn(2, D)):
+        y = layer(x_h)
+        torch.testing.assert_close(layer(x_h.view(2, 3, 4, D)).view_as(y), y)
+        torch.testing.assert_close(layer(x_h[:, 0]), y[:, 0])
+        assert layer(x_h[:, :0]).shape == (2, 0, D)
+        strided = x_h.transpose(1, 2).contiguous().transpose(1, 2)
+        torch.testing.assert_close(layer(strided), y)
+    with layer.context.using(torch.randn(0, D)):
+        assert layer(x_h[:0]).shape == (0, 12, D)
+
+
+X, A4, B4, B12, W = (
+    torch.randn(2, 3, D),
+    torch.randn(4, D),
+    torch.randn(D, 4),
+    torch.zeros(12, 4),
+    torch.randn(D, D),
+)
+REFUSED: dict[str, tuple[Any, str]] = {
+    "rank": (lambda: RoutedLinear(nn.Linear(D, D), 0), "rank must be at least 1, got 0"),
+    "dropout": (lambda: RoutedAdapter(D, 4, dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
+    "route": (lambda: RoutedAdapter(D, 4, "grum"), "route must be one of"),
+    "activation": (lambda: RoutedAdapter(D, 4, "mul", "tanh"), "activation must be one of"),
+    "impl": (lambda: RoutedAdapter(D, 4, impl="cuda"), "impl must be one of"),  # type: ignore[arg-type]
+    "of": (lambda: RoutedLinear(nn.Linear(D, 10), 4, of=3), "of=3 does not divide"),
+    "adapted": (lambda: RoutedLinear(nn.Linear(D, 9), 4, adapted=(3,), of=3), "from 0 to 2"),
+    "twice": (lambda: RoutedLinear(nn.Linear(D, 9), 4, adapted=(1, 1), of=3), "distinct"),
+    "widths": (lambda: RoutedLinear(quadruple, 4), "give in_features and out_features"),
+    "two bases": (lambda: routed_linear(X, A4, B4, X, weight=W, base_out=X), "exactly one of"),
+    "no base": (lambda: routed_linear(X, A4, B4, X), "exactly one of"),
+    "bias": (lambda: routed_linear(X, A4, B4, X, base_out=X, bias=X[0, 0]), "bias belongs"),
+    "base_out": (lambda: routed_linear(X, A4, B4, X, base_out=X[:, :2]), "base_out must be"),
+    "A": (lambda: routed_linear(X, A4.T, B4, X, weight=W), r"A must be \(R, d\) with d = 8"),
+    "B": (lambda: routed_linear(X, A4, B12, X, weight=W), r"B must be \(g·n, r\) = \(8, 4\)"),
+    "x_h": (lambda: routed_linear(X[0, 0], A4, B4, X, weight=W), "x_h must be"),
+    "x_r": (lambda: routed_linear(X, A4, B4, weight=W), "x_r is missing"),
+    "x_r width": (lambda: routed_linear(X, A4, B4, X[..., 1:], weight=W), "x_r has width 7"),
+    "triton": (lambda: routed_linear(X, A4, B4, X, weight=W, impl="triton"), "no Triton kernels"),
+    "b_A": (lambda: routed_adapter(X, A4, B4, X, b_A=X[0, 0]), r"b_A must be \(4,\)"),
+    "keep_h": (
+        lambda: routed_adapter(X, A4, B4, X, dropout=Dropout(0.1, X[0] > 0, None)),
+        "keep_h must be",
+    ),
+    "packed": (
+        lambda: routed_linear(
+            X, A4, B4, RoutingInput(X, None, torch.zeros(6).long()), weight=W,
+            route=Routing("gram", compat="eccv24"),
+        ),
+        "sample_index with transpose='eccv24'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_input_is_named(what: str) -> None:
+    call, message = REFUSED[what]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_repr_shows_the_route() -> None:
+    shown = repr(RoutedLinear(nn.Linear(D, 12), 4, 8, "gram", adapted=(0, 2), of=3))
+    assert "route=gram, rank=4, d=8, segments=per_group" in shown
+    assert "alpha=8, adapted=(0, 2), of=3" in shown
+    assert "activation=gelu, residual=False" in repr(RoutedAdapter(D, 4, residual=False))

@@ -1,0 +1,1 @@
+"""Training on real data: the demo, its data set and its reports."""
