@@ -1,6 +1,6 @@
 """What `attach` is told, as one value, and how a checkpoint's adapter_config.json spells it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -56,7 +56,7 @@ class RoutedConfig:
         ValueError: a value that is not accepted, or one that belongs to the other host.
     """
 
-    target_modules: str | tuple[str, ...]
+    target_modules: str | Sequence[str]
     host: str = "lora"
     r: int = 8
     route: str = "mul"
@@ -65,9 +65,9 @@ class RoutedConfig:
     pool: str = "mean"
     normalize: str = "none"
     dropout: float = 0.0
-    layers_to_transform: tuple[int, ...] | None = None
+    layers_to_transform: Sequence[int] | None = None
     layers_pattern: str | None = None
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: Sequence[str] = ()
     visual_width: int | None = None
     projector: str = "trainable"
     alpha: float | None = None

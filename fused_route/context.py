@@ -197,7 +197,9 @@ class RoutingContext:
         finally:
             self._inputs = before
 
-    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], ...]:
+    def checkpoint_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """The `context_fn` of `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`.
 
         Captures the routing input at forward and restores it at recompute. Without it, a forward

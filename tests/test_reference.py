@@ -45,13 +45,14 @@ def run(
     )  # fmt: skip
 
 
-def transcribed(c: Case, host: str, route: str, modes: dict[str, str], **given: Any) -> Tensor:
+def transcribed(c: Case, host: str, route: str, modes: dict[str, Any], **given: Any) -> Tensor:
     if host == "adapter":
         modes = {k: v for k, v in modes.items() if k != "segments"}
         return transcription.routed_adapter(
             c.x_h, c.x_r, A=c.A, b_A=c.b_A, B=c.B, b_B=c.bias, route=route, activation="gelu",
             residual=True, **modes, **given,
         )  # fmt: skip
+    assert c.weight is not None
     return transcription.routed_linear(
         c.x_h, c.x_r, weight=c.weight, bias=c.bias, A=c.A, B=c.B, route=route, s=2.0,
         adapted=c.adapted, of=c.of, **modes, **given,
@@ -207,6 +208,7 @@ def test_masked_tokens_count_for_nothing(route: str, normalize: str) -> None:
     y = run(c, "adapter", routing, RoutingInput(rubbish, mask))
     expected = run(c, "adapter", routing, only_valid)
     assert relative_error(y, expected) < 1e-13
+    assert c.b_A is not None
     leaves = (c.x_h, c.A, c.B, c.b_A)
     for mine, theirs in zip(
         torch.autograd.grad(y.sum(), leaves),

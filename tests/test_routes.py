@@ -76,7 +76,7 @@ def test_own_route_has_no_published_form(brightest: Route) -> None:
 )
 def test_modes_are_known(modes: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(modes))} must be one of .*; got"):
-        Routing("mul", **modes)  # type: ignore[arg-type]
+        Routing("mul", **modes)
 
 
 def test_compat_sets_both_modes() -> None:

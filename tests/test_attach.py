@@ -1,0 +1,273 @@
+"""Attaching to models and detaching; which modules are found; what is refused."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BartConfig, BartModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+from fused_route import Attached, RoutedAdapter, RoutedConfig, RoutedLinear, RoutingContext, attach
+
+QUERY_VALUE = r".*attention\.self\.(query|value)"
+
+
+def bert(layers: int = 3) -> BertModel:
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=layers, num_attention_heads=2,
+        intermediate_size=12, max_position_embeddings=16, initializer_range=0.5,
+    )  # fmt: skip
+    return BertModel(config, add_pooling_layer=True).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16,
+                   bos_token_id=0, eos_token_id=0)
+    ).eval()  # fmt: skip
+
+
+def bart() -> BartModel:
+    return BartModel(
+        BartConfig(
+            vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=12,
+            decoder_ffn_dim=12, encoder_attention_heads=2, decoder_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    ).eval()  # fmt: skip
+
+
+IDS = torch.tensor([[3, 4, 5], [6, 7, 8]])
+
+
+def pooled(out: Any) -> Tensor:
+    return getattr(out, "pooler_output", torch.zeros(()))
+
+
+def train_a_little(attached: Attached, features: Tensor) -> None:
+    optimiser = torch.optim.SGD(attached.trainable_parameters(), lr=1.0)
+    for _ in range(3):
+        with attached.using(features):
+            out: Any = attached.model(IDS)
+        optimiser.zero_grad()
+        (out[0][..., 0].sum() + pooled(out).square().sum()).backward()
+        optimiser.step()
+
+
+CONFIGS: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "suffixes": (bert, {"target_modules": ["query", "value"]}, 6),
+    "regex": (bert, {"target_modules": QUERY_VALUE}, 6),
+    "name": (bert, {"target_modules": ("encoder.layer.1.attention.self.query",)}, 1),
+    "layers": (bert, {"target_modules": ["query"], "layers_to_transform": (0, 2)}, 2),
+    "pattern": (
+        bert,
+        {"target_modules": ["query"], "layers_to_transform": [1], "layers_pattern": "layer"},
+        1,
+    ),
+    "conv1d": (
+        gpt2,
+        {"target_modules": ["c_attn"], "adapted": (0, 2), "of": 3, "route": "gram"},
+        2,
+    ),
+    "adapter": (
+        bert,
+        {"target_modules": ["attention.output.dense", "output.dense"], "host": "adapter"},
+        6,
+    ),
+    "projector": (bert, {"target_modules": ["query"], "visual_width": 5}, 3),
+    "frozen projector": (
+        bert,
+        {"target_modules": ["query"], "visual_width": 5, "projector": "frozen"},
+        3,
+    ),
+    "two widths": (
+        bert,
+        {"target_modules": [r"layer.0.output.dense", "query"], "visual_width": 8},
+        4,
+    ),
+    "saved": (bert, {"target_modules": ["query"], "modules_to_save": ["pooler.dense"]}, 3),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_attach_train_detach_restores_bit_for_bit(kind: str) -> None:
+    make, arguments, layers = CONFIGS[kind]
+    model = make()
+    before = copy.deepcopy(model)
+    frozen = next(iter(model.parameters()))
+    frozen.requires_grad_(False)
+    attached = attach(model, RoutedConfig(**arguments))
+    assert len(attached.layers) == layers
+    features = torch.randn(2, 3, arguments.get("visual_width", 8))
+
+    with attached.using(features):
+        same = model(IDS)[0]
+    torch.testing.assert_close(
+        same, before(IDS)[0], rtol=1e-6, atol=1e-6
+    )  # B = 0, adapters residual
+    train_a_little(attached, features)
+    with attached.using(features):
+        assert not torch.allclose(model(IDS)[0], before(IDS)[0], atol=1e-4)
+
+    assert attached.detach() is model
+    assert torch.equal(model(IDS)[0], before(IDS)[0])
+    assert list(model.state_dict()) == list(before.state_dict())
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert [m for m, _ in model.named_modules()] == [m for m, _ in before.named_modules()]
+    expected = {name: p is not frozen for name, p in model.named_parameters()}
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == expected
+    with pytest.raises(ValueError, match="detached"):
+        attached.detach()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_only_what_was_asked_for_trains(kind: str) -> None:
+    make, arguments, _ = CONFIGS[kind]
+    model = make()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    attached = attach(model, RoutedConfig(**arguments))
+    saved = [f"{name}." for name in arguments.get("modules_to_save", ())]
+    train_a_little(attached, torch.randn(2, arguments.get("visual_width", 8)))
+    for name, parameter in model.named_parameters():
+        original = name.replace(".base.", ".")
+        if original in before:
+            changed = any(original.startswith(item) for item in saved)
+            assert parameter.requires_grad == changed
+            assert torch.equal(parameter, before[original]) != changed or not changed, name
+        else:
+            is_frozen = name.startswith("visual_projector") and kind == "frozen projector"
+            assert parameter.requires_grad != is_frozen, name
+
+
+def test_two_lines_count_what_trains() -> None:
+    attached = attach(bert(), RoutedConfig(["query", "value"], r=2))
+    assert sum(p.numel() for p in attached.trainable_parameters()) == 6 * (2 * 8 + 8 * 2)
+    assert "6 layers, route=mul, r=2, 192 of" in repr(attached)
+
+
+def test_hosts_sit_where_the_paper_has_them() -> None:
+    model = bert()
+    attached = attach(model, RoutedConfig(["attention.output.dense"], host="adapter", r=2))
+    adapted = model.get_submodule("encoder.layer.0.attention.output.dense")
+    assert isinstance(adapted.adapter, RoutedAdapter)
+    assert isinstance(adapted.base, nn.Linear) and adapted.weight is adapted.base.weight
+    attached.detach()
+    attach(model, RoutedConfig(["query"], r=2))
+    linear = model.get_submodule("encoder.layer.0.attention.self.query")
+    assert isinstance(linear, RoutedLinear) and linear.weight is linear.base.weight  # type: ignore[attr-defined]
+
+
+def test_a_shared_module_is_wrapped_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.second = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    model = Twice()
+    attached = attach(model, RoutedConfig(["first", "second"]))
+    assert len(attached.layers) == 1 and model.first is model.second
+    attached.detach()
+    assert isinstance(model.first, nn.Linear) and model.first is model.second
+
+
+def test_train_mode_and_copies_follow() -> None:
+    model = bert()
+    attach(model, RoutedConfig(["query"], dropout=0.5))
+    assert not model.get_submodule("encoder.layer.0.attention.self.query").training
+    copied = copy.deepcopy(model)
+    contexts = {m.context for m in copied.modules() if isinstance(m, RoutedLinear)}
+    assert len(contexts) == 1
+
+
+def test_self_gram_reads_the_future_so_decoders_refuse_it() -> None:
+    config: dict[str, Any] = {"route": "self_gram", "r": 2}
+    for model, target in (
+        (gpt2(), "attn.c_proj"),
+        (gpt2(), "transformer.h.0.mlp.c_fc"),
+        (bart(), "decoder.layers.0.self_attn.q_proj"),
+        (bart(), "decoder.layers.0.fc1"),
+    ):
+        with pytest.raises(ValueError, match="part of a decoder"):
+            attach(model, RoutedConfig([target], **config))
+    attach(bart(), RoutedConfig(["encoder.layers.0.self_attn.q_proj"], **config))
+    attach(bart(), RoutedConfig(["encoder.layers.0.fc1"], **config))
+    attached = attach(bert(), RoutedConfig(["query"], **config))
+    with attached.using(torch.randn(2, 8)):
+        assert attached.model(IDS)[0].isfinite().all()
+
+
+class Opaque(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def attached_twice() -> None:
+    model = bert()
+    attach(model, RoutedConfig(["query"]))
+    attach(model, RoutedConfig(["value"]))
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "no match": (lambda: attach(bert(), RoutedConfig(["q_proj"])), "linear layers end in: dense"),
+    "no such layer": (
+        lambda: attach(bert(), RoutedConfig(["query"], layers_to_transform=(1, 9))),
+        r"layers_to_transform=\[9\]: no target",
+    ),
+    "no regex": (lambda: attach(bert(), RoutedConfig("(query")), "no regular expression"),
+    "not linear": (
+        lambda: attach(nn.Sequential(Opaque()), RoutedConfig(["0"])),
+        "target 0: base=Opaque does not tell its widths",
+    ),
+    "twice": (attached_twice, "has a routed layer already"),
+    "saved is target": (
+        lambda: attach(bert(), RoutedConfig(["query"], modules_to_save=("encoder",))),
+        "modules_to_save has encoder",
+    ),
+    "saved missing": (
+        lambda: attach(bert(), RoutedConfig(["query"], modules_to_save=("classifier",))),
+        "no module is called classifier",
+    ),
+    "no targets": (lambda: RoutedConfig([]), "target_modules is empty"),
+    "host": (lambda: RoutedConfig(["q"], host="prefix"), "host must be one of lora, adapter"),
+    "rank": (lambda: RoutedConfig(["q"], r=0), "r must be at least 1"),
+    "route": (lambda: RoutedConfig(["q"], route="x"), "route must be one of"),
+    "alpha": (lambda: RoutedConfig(["q"], host="adapter", alpha=1.0), "alpha has no meaning"),
+    "residual": (lambda: RoutedConfig(["q"], residual=False), "residual has no meaning"),
+    "pattern": (lambda: RoutedConfig(["q"], layers_pattern="h"), "without layers_to_transform"),
+    "projector": (lambda: RoutedConfig(["q"], projector="none"), "projector must be one of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_input_is_named(what: str) -> None:
+    call, message = REFUSED[what]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_refused_attach_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Opaque())
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match="Opaque"):
+        attach(model, RoutedConfig(["0", "1"]))
+    assert list(model.state_dict()) == keys and model[0].weight.requires_grad
+
+
+def test_errors_name_the_layer() -> None:
+    attached = attach(bert(), RoutedConfig(["query"]))
+    with pytest.raises(ValueError, match=r"layer\.0\.attention\.self\.query has no routing"):
+        attached.model(IDS)
+
+
+def test_a_context_of_ones_own_is_used() -> None:
+    context = RoutingContext()
+    attached = attach(bert(), RoutedConfig(["query"]), context)
+    assert attached.context is context
+    context.set(torch.randn(2, 8))
+    attached.model(IDS)

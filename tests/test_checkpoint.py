@@ -1,0 +1,203 @@
+"""Checkpoints: round trips, and files that do not fit."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_attach import CONFIGS, IDS, bert, gpt2, train_a_little
+from torch import nn
+
+from fused_route import ROUTES, Attached, Route, RoutedConfig, attach, scale
+
+KEYS = Path(__file__).parent / "golden" / "checkpoint_keys.json"
+
+
+def trained(**arguments: Any) -> Attached:
+    attached = attach(bert(), RoutedConfig(**arguments))
+    train_a_little(attached, torch.randn(2, arguments.get("visual_width", 8)))
+    return attached
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_round_trip(kind: str, tmp_path: Path) -> None:
+    make, arguments, _ = CONFIGS[kind]
+    model = make()
+    attached = attach(model, RoutedConfig(**arguments))
+    features = torch.randn(2, 3, arguments.get("visual_width", 8))
+    train_a_little(attached, features)
+    attached.save(tmp_path)
+    with attached.using(features):
+        expected = model(IDS)[0]
+
+    attached.detach()
+    again = attach(model, tmp_path)  # configuration and values from the directory
+    assert again.config == attached.config
+    with again.using(features):
+        assert torch.equal(model(IDS)[0], expected)
+    again.detach()
+    fresh = attach(model, RoutedConfig(**arguments))
+    fresh.load(str(tmp_path))
+    with fresh.using(features):
+        assert torch.equal(model(IDS)[0], expected)
+
+
+def test_layout_is_pinned(tmp_path: Path) -> None:
+    """Names in both files, PEFT's: changing them breaks what users have saved."""
+    found = {}
+    for kind in ("conv1d", "adapter", "projector", "saved"):
+        make, arguments, _ = CONFIGS[kind]
+        attach(make(), RoutedConfig(**arguments)).save(tmp_path / kind)
+        config = json.loads((tmp_path / kind / "adapter_config.json").read_text())
+        with safe_open(tmp_path / kind / "adapter_model.safetensors", "pt") as file:
+            assert file.metadata()["format"] == "pt"
+            found[kind] = {"tensors": sorted(file.keys()), "config": sorted(config)}
+    assert found == json.loads(KEYS.read_text())
+
+
+def test_config_says_what_it_is(tmp_path: Path) -> None:
+    attach(bert(), RoutedConfig(["query"], route="gram", normalize="unit", alpha=4)).save(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["peft_type"] == "ROUTED_LORA"
+    assert written["auto_mapping"] == {"base_model_class": "BertModel"}
+    assert (written["route"], written["normalize"], written["lora_alpha"]) == ("gram", "unit", 4)
+    assert written["target_modules"] == ["query"]
+
+
+def edit(name: str, value: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        written = json.loads(path.read_text())
+        if value is KeyError:
+            del written[name]
+        else:
+            written[name] = value
+        path.write_text(json.dumps(written))
+
+    return change
+
+
+def retensor(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata=metadata)
+
+    return rewrite
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+FIRST = "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no directory": (lambda f: shutil.rmtree(f), "not an adapter checkpoint"),
+    "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), "is incomplete"),
+    "truncated": (truncate, "damaged or incomplete"),
+    "empty": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes(b""),
+        "damaged or incomplete",
+    ),
+    "no json": (lambda f: (f / "adapter_config.json").write_text("{"), "is damaged"),
+    "list": (lambda f: (f / "adapter_config.json").write_text("[]"), "must hold a JSON object"),
+    "route": (edit("route", "add"), "route is 'add' there, 'mul' here"),
+    "rank": (edit("r", 4), "r is 4 there, 8 here"),
+    "alpha": (edit("lora_alpha", 16), "lora_alpha is 16"),
+    "type": (edit("peft_type", "LORA"), "peft_type is 'LORA'"),
+    "host": (edit("peft_type", "ROUTED_ADAPTER"), "not know"),
+    "unknown": (edit("use_dora", True), "use_dora=True is a setting"),
+    "bad value": (edit("r", "eight"), "adapter_config.json: "),
+    "no targets": (edit("target_modules", KeyError), "target_modules is missing"),
+    "unknown route": (edit("route", "grum"), "route must be one of"),
+    "model": (edit("auto_mapping", {"base_model_class": "GPT2Model"}), "adapter for GPT2Model"),
+    "mixed saves": (edit("target_modules", ["quer", "query"]), "saved with other settings"),
+    "missing": (retensor(lambda t: t.pop(FIRST)), "missing: base_model.*layer.0.*lora_A"),
+    "unexpected": (retensor(lambda t: t.update(x=torch.ones(1))), "unexpected: x"),
+    "shape": (
+        retensor(lambda t: t.update({FIRST: torch.ones(8, 9)})),
+        r"is \(8, 9\), the model has \(8, 8\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_what_does_not_fit_changes_nothing(what: str, tmp_path: Path) -> None:
+    damage, message = DAMAGE[what]
+    trained(target_modules=["query"]).save(tmp_path)
+    damage(tmp_path)
+    attached = trained(target_modules=["query"])
+    before = {name: tensor.detach().clone() for name, tensor in attached.tensors().items()}
+    with pytest.raises(ValueError, match=message) as caught:
+        attached.load(tmp_path)
+    assert "\n" not in str(caught.value)
+    for name, tensor in attached.tensors().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:
+    trained(target_modules=["query"]).save(tmp_path)
+    model = gpt2()
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match="adapter for BertModel, this model is a GPT2LMHeadModel"):
+        attach(model, tmp_path)
+    shallow = bert(layers=2)
+    with pytest.raises(ValueError, match=r"unexpected: base_model\.model\.encoder\.layer\.2"):
+        attach(shallow, tmp_path)
+    assert list(model.state_dict()) == keys
+    assert all(p.requires_grad for p in shallow.parameters())
+    assert not any("lora" in name or name.endswith(".A") for name in shallow.state_dict())
+
+
+def test_an_interrupted_save_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attached = trained(target_modules=["query"])
+    attached.save(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def interrupted(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    train_a_little(attached, torch.randn(2, 8))
+    with pytest.raises(OSError, match="no space"):
+        attached.save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_saving_over_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        trained(target_modules=["query"]).save(tmp_path / "file")
+
+
+def test_dtype_of_the_model_is_kept(tmp_path: Path) -> None:
+    trained(target_modules=["query"]).save(tmp_path)
+    attached = attach(bert().to(torch.bfloat16), tmp_path)
+    assert all(t.dtype == torch.bfloat16 for t in attached.tensors().values())
+
+
+def test_own_routes_are_saved_by_name(tmp_path: Path) -> None:
+    ROUTES.register(Route("loudest", lambda x_v: scale(x_v.amax(-2, keepdim=True))))
+    trained(target_modules=["query"], route="loudest").save(tmp_path)
+    assert attach(bert(), tmp_path).config.route == "loudest"
+
+
+def test_attach_to_a_module_that_is_no_hugging_face_model(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    attached = attach(model, RoutedConfig(["0"], modules_to_save=("2",)))
+    attached.save(tmp_path)
+    attached.detach()
+    assert attach(model, tmp_path).config.modules_to_save == ("2",)

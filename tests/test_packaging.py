@@ -1,0 +1,169 @@
+"""What is installed, and what importing it does."""
+
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fused_route
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "fused_route": "fused_route",
+    "kernels": "fused_route/kernels",
+    "training": "fused_route/training",
+}
+INSTALLED = (".py", "py.typed", "kernels/README.md", "training/demo-packages.txt")
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def tracked() -> list[str]:
+    return run("git", "ls-files").splitlines()
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(sdist, wheel built from it), from the tracked files as they are now."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in tracked():
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            target.symlink_to((ROOT / name).readlink())
+        elif (ROOT / name).is_file():
+            target.write_bytes((ROOT / name).read_bytes())
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+def test_wheel_holds_the_tracked_files(distributions: tuple[Path, Path]) -> None:
+    expected = set()
+    for name in tracked():
+        top, _, rest = name.partition("/")
+        is_link = (ROOT / name).is_symlink()
+        if top in PACKAGES and not is_link and name.endswith(INSTALLED):
+            expected.add(f"{PACKAGES[top]}/{rest}")
+    with zipfile.ZipFile(distributions[1]) as wheel:
+        found = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        (top_level,) = (n for n in wheel.namelist() if n.endswith("top_level.txt"))
+        assert wheel.read(top_level).split() == [b"fused_route"]
+    assert found == expected
+
+
+def test_sdist_builds_the_wheel_and_has_the_licence(distributions: tuple[Path, Path]) -> None:
+    with tarfile.open(distributions[0]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+        "kernels/README.md",
+        "training/cli.py",
+    } <= names
+
+
+def test_wheel_installs_alone_and_imports_elsewhere(
+    distributions: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """An empty environment; only its dependencies come, by path, from the one tests run in."""
+    venv.create(tmp_path / "env", with_pip=False)
+    scheme = {"base": str(tmp_path / "env"), "platbase": str(tmp_path / "env")}
+    site = Path(sysconfig.get_path("purelib", "venv", vars=scheme))
+    python = Path(sysconfig.get_path("scripts", "venv", vars=scheme), "python")
+    before = {path.name for path in site.iterdir()}
+    run(
+        sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps",
+        "--no-index", distributions[1],
+    )  # fmt: skip
+    new = {path.name for path in site.iterdir()} - before
+    assert {name for name in new if not name.endswith(".dist-info")} == {"fused_route"}
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (tmp_path / "elsewhere").mkdir()
+    code = (
+        "import fused_route, fused_route.training.cli; "
+        "print(fused_route.__version__, fused_route.__file__)"
+    )
+    version, file = run(python, "-c", code, cwd=tmp_path / "elsewhere").split()
+    assert version == fused_route.__version__ and Path(file).is_relative_to(site)
+    command = python.with_name("fused-route")
+    assert run(command, "--version", cwd=tmp_path).split() == ["fused-route", version]
+
+
+@pytest.mark.slow
+def test_wheel_installs_with_its_dependencies(
+    distributions: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run(sys.executable, "-m", "venv", tmp_path / "env")
+    python = tmp_path / "env" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", distributions[1])
+    code = (
+        "import torch, fused_route as f; l = f.RoutedLinear(torch.nn.Linear(4, 4), 2)\n"
+        "with l.context.using(torch.randn(1, 4)): print(l(torch.randn(1, 2, 4)).shape)"
+    )
+    assert "torch.Size([1, 2, 4])" in run(python, "-W", "error", "-c", code, cwd=tmp_path)
+
+
+def test_import_brings_torch_alone_and_leaves_cuda_alone() -> None:
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import fused_route\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new - set(sys.stdlib_module_names)), torch.cuda.is_initialized())"
+    )
+    assert run(sys.executable, "-W", "error", "-c", code).split() == ["['fused_route']", "False"]
+
+
+def test_kernels_has_no_init() -> None:
+    """With one, our folder would hide Hugging Face's `kernels` package from transformers."""
+    assert not [name for name in tracked() if name == "kernels/__init__.py"]
+    code = "import transformers.integrations.hub_kernels"
+    run(sys.executable, "-c", code)  # at the root of the repository, where the folder could win
+
+
+def test_version_is_one() -> None:
+    assert fused_route.__version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+LAYERS = {  # what a file of fused_route/ may import from the rest of it
+    "routes": set(),
+    "routing": {"routes"},
+    "context": set(),
+    "reference": {"context", "routing"},
+    "functional": {"context", "reference", "routes", "routing"},
+    "modules": {"context", "functional", "reference", "routes", "routing"},
+    "config": {"reference", "routes", "routing"},
+    "targets": {"config"},
+    "checkpoint": set(),
+    "attach": {"checkpoint", "config", "context", "modules", "targets", "__version__"},
+}
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_layers_import_downward_only(module: str) -> None:
+    import ast
+
+    tree = ast.parse((ROOT / "fused_route" / f"{module}.py").read_text())
+    imported: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            imported |= {node.module} if node.module else {alias.name for alias in node.names}
+    assert imported <= LAYERS[module]
+
+
+def test_every_file_has_a_layer() -> None:
+    files = {p.stem for p in (ROOT / "fused_route").glob("*.py")} - {"__init__"}
+    assert files == set(LAYERS)
