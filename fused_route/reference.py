@@ -4,7 +4,7 @@ Forward only, autograd differentiates it; any device and floating dtype. Every t
 holds other implementations to this file, and it runs where kernels cannot. Arguments are those of
 `functional`, which checks them.
 
-    x_t = x̂_h Aᵀ + b_A,  x_v = x̂_r Aᵀ + b_A,  z = φ(x_t, x_v)            (arXiv 2403.09377, fig. 2)
+    x_t = x̂_h Aᵀ + b_A,  x_v = x̂_r Aᵀ + b_A,  z = φ(x_t, x_v)            (arXiv 2403.09377)
     routed linear    y = base(x_h) + s · up(z), segment by segment
     routed adapter   y = act(z) Bᵀ + b_B (+ x_h)
 """
