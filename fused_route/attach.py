@@ -3,51 +3,28 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import __version__, checkpoint
-from .config import RoutedConfig
+from .build import PROJECTOR, build, build_projector, modules_to_save
+from .config import HOSTS, RoutedConfig, identity_of
 from .context import RoutingContext, RoutingInput, VisualProjector
-from .modules import AdaptedModule, Bottleneck, RoutedAdapter, RoutedLinear, base_features, like
-from .targets import Target, find_targets, is_causal, is_named
-
-PROJECTOR = "visual_projector"
-
-# Names in a checkpoint of the parameters of each host, as PEFT names those of its layers.
-TENSOR_NAMES = {
-    "lora": {"A": "lora_A.weight", "B": "lora_B.weight"},
-    "adapter": {
-        "A": "adapter_A.weight",
-        "b_A": "adapter_A.bias",
-        "B": "adapter_B.weight",
-        "b_B": "adapter_B.bias",
-    },
-}
-
-# Settings in which a checkpoint may differ from the model it is loaded into: how it was trained,
-# and where layers sit, which the names of their tensors tell.
-MAY_DIFFER = (
-    "dropout",
-    "lora_dropout",
-    "projector",
-    "target_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "modules_to_save",
-)
+from .modules import Bottleneck
+from .targets import find_targets
 
 
-@dataclass(frozen=True)
-class _Replaced:
-    """A module that attach put into the model, the one that was there, and their names."""
+@dataclass
+class _Before:
+    """What `attach` changed in a model: what was there, by name."""
 
-    names: tuple[str, ...]
-    original: nn.Module
-    layer: Bottleneck
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Attached:
@@ -58,7 +35,7 @@ class Attached:
         config: what was asked for.
         context: holds the routing input of all layers.
         layers: the routed layers by the name of the module they adapt.
-        projector: from the features' width to the layers', or None where they agree.
+        projector: from the features' width to the layers', or None where `attach` added none.
     """
 
     def __init__(
@@ -66,37 +43,63 @@ class Attached:
         model: nn.Module,
         config: RoutedConfig,
         context: RoutingContext,
-        replaced: list[_Replaced],
-        before: dict[str, bool],
-        saved: dict[str, Tensor],
+        layers: dict[str, Bottleneck],
+        projector: VisualProjector | None,
+        before: _Before,
     ) -> None:
         self.model = model
         self.config = config
         self.context = context
-        self.projector = context.projector
-        self.layers = {r.names[0]: r.layer for r in replaced}
-        self._replaced = replaced
-        self._requires_grad = before
-        self._saved = saved
+        self.layers = layers
+        self.projector = projector
+        self._before: _Before | None = before
 
     def using(self, x_r: Tensor | RoutingInput) -> AbstractContextManager[None]:
         """`context.using`: routes with these features inside a `with` block."""
         return self.context.using(x_r)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """What an optimiser gets: routed layers, projector, modules_to_save."""
+        """What an optimiser gets: every parameter of the model that requires a gradient.
+
+        After `attach` these are the routed layers', the projector's and modules_to_save's.
+        """
         return (p for p in self.model.parameters() if p.requires_grad)
+
+    def checkpoint_activations(self, **kwargs: Any) -> None:
+        """Turns on a Hugging Face model's activation (gradient) checkpointing, image included.
+
+        The routing input is captured at forward and restored at recompute; otherwise a forward with
+        another image before the backward would make gradients wrong. Keyword arguments go to the
+        model's own method.
+
+        Raises:
+            ValueError: the model has no such method; checkpoint its parts with
+                context_fn=context.checkpoint_contexts.
+        """
+        for kind in ("activation", "gradient"):  # the second until transformers 5.x renamed it
+            enable = getattr(self.model, f"{kind}_checkpointing_enable", None)
+            if enable is not None:
+                captured = {
+                    "use_reentrant": False,
+                    "context_fn": self.context.checkpoint_contexts,
+                }
+                enable(**{f"{kind}_checkpointing_kwargs": captured}, **kwargs)
+                return
+        raise ValueError(
+            f"model={type(self.model).__name__} has no activation_checkpointing_enable; pass "
+            "context_fn=context.checkpoint_contexts to torch.utils.checkpoint"
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """The adapter's tensors by their names in a checkpoint; the model's own, not copies."""
-        self._refuse_detached()
+        before = self._attached()
         found: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            for parameter, written in TENSOR_NAMES[self.config.host].items():
+            for parameter, written in HOSTS[self.config.host].tensors.items():
                 tensor = getattr(layer, parameter, None)
                 if tensor is not None:
                     found[f"{checkpoint.PREFIX}{name}.{written}"] = tensor
-        for name in self._saved:
+        for name in before.saved:
             found[f"{checkpoint.PREFIX}{name}"] = _tensor(self.model, name)
         if self.projector is not None:
             for name, tensor in self.projector.state_dict(keep_vars=True).items():
@@ -106,20 +109,21 @@ class Attached:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes adapter_model.safetensors and adapter_config.json, each whole or not at all.
 
+        (The model's own save_pretrained would write wrapped modules under names that no plain
+        model has.)
+
         Raises:
             ValueError: detached, or `directory` is a file.
         """
-        base = {"base_model_class": type(self.model).__name__}
+        settings = self.config.to_json()
         name = getattr(getattr(self.model, "config", None), "_name_or_path", None)
+        description = {
+            "auto_mapping": {"base_model_class": type(self.model).__name__},
+            "base_model_name_or_path": name or None,
+            "fused_route_version": __version__,
+        }
         checkpoint.write(
-            directory,
-            self.tensors(),
-            self.config.to_json(),
-            {
-                "auto_mapping": base,
-                "base_model_name_or_path": name or None,
-                "fused_route_version": __version__,
-            },
+            directory, self.tensors(), {**settings, **description}, identity_of(settings)
         )
 
     def load(self, directory: str | os.PathLike[str]) -> None:
@@ -131,45 +135,43 @@ class Attached:
         """
         expected = self.tensors()
         written = checkpoint.read_config(directory)
-        theirs = config_of(written, directory)
+        theirs = _config(written, directory)
         _refuse_other_model(self.model, written, directory)
-        mine = self.config.to_json()
-        other = [
-            f"{key} is {value!r} there, {mine[key]!r} here"
-            for key, value in theirs.to_json().items()
-            if key in mine and mine[key] != value and key not in MAY_DIFFER
-        ]
-        if theirs.host != self.config.host or other:
-            raise ValueError(f"{directory} holds another adapter: {'; '.join(other)}")
-        found = checkpoint.read_tensors(directory, theirs.to_json())
+        differences = self.config.differences(theirs)
+        if differences:
+            raise ValueError(f"{directory} holds another adapter: {'; '.join(differences)}")
+        found = checkpoint.read_tensors(directory, identity_of(written))
         checkpoint.check_tensors(found, expected, directory)
         checkpoint.copy_tensors(found, expected)
 
     def detach(self) -> nn.Module:
         """Takes everything out again: the model is bit for bit what it was before `attach`.
 
-        modules_to_save get their old values back, requires_grad its old setting.
+        modules_to_save and buffers (a norm's running statistics) get their old values back,
+        requires_grad its old setting; gradients of modules_to_save are dropped.
 
         Raises:
             ValueError: detached already.
         """
-        self._refuse_detached()
-        for replaced in self._replaced:
-            for name in replaced.names:
-                _put(self.model, name, replaced.original)
+        before, self._before = self._attached(), None
+        for name, module in before.modules.items():
+            _put(self.model, name, module)
         if self.projector is not None:
             delattr(self.model, PROJECTOR)
             self.context.projector = None
-        checkpoint.copy_tensors(self._saved, {n: _tensor(self.model, n) for n in self._saved})
+        restored = before.buffers | before.saved
+        current = {name: _tensor(self.model, name) for name in restored}
+        checkpoint.copy_tensors(restored, current)
+        for name in before.saved:
+            current[name].grad = None
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
-        self._replaced = []
-        self.context.clear()
+            parameter.requires_grad_(before.requires_grad.get(name, parameter.requires_grad))
         return self.model
 
-    def _refuse_detached(self) -> None:
-        if not self._replaced:
+    def _attached(self) -> _Before:
+        if self._before is None:
             raise ValueError("the routed layers were detached from the model")
+        return self._before
 
     def __repr__(self) -> str:
         trainable = sum(p.numel() for p in self.trainable_parameters())
@@ -200,56 +202,62 @@ def attach(
         ValueError: nothing matches, a target that cannot be adapted, a model that is attached to
             already, or a checkpoint that does not fit. The model is then as it was.
     """
-    if not isinstance(config, RoutedConfig):
-        directory = config
-        written = checkpoint.read_config(directory)
-        _refuse_other_model(model, written, directory)
-        attached = attach(model, config_of(written, directory), context)
-        try:
-            attached.load(directory)
-        except ValueError:
-            attached.detach()
-            raise
-        return attached
-
-    _refuse_attached(model)
-    targets = find_targets(model, config)
-    saved = _modules_to_save(model, config, targets)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch module, got {type(model).__name__}")
+    if not isinstance(context, (RoutingContext, type(None))):
+        raise ValueError(f"context must be a RoutingContext, got {type(context).__name__}")
     context = RoutingContext() if context is None else context
-    layers = [_build(model, target, config, context) for target in targets]
-    projector = _projector(config, {layer.d for _, layer in layers}, targets, context)
-
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(False)
-    for target, (module, _) in zip(targets, layers, strict=True):
-        for name in target.names:
-            _put(model, name, module)
-    for name in saved:
-        _tensor(model, name).requires_grad_(_tensor(model, name).is_floating_point())
-    if projector is not None:
-        context.projector = projector
-        model.add_module(PROJECTOR, projector)
-    replaced = [
-        _Replaced(target.names, target.module, layer)
-        for target, (_, layer) in zip(targets, layers, strict=True)
-    ]
-    return Attached(model, config, context, replaced, before, saved)
-
-
-def config_of(written: dict[str, Any], directory: str | os.PathLike[str]) -> RoutedConfig:
-    """`RoutedConfig.from_json`, naming the checkpoint in its errors."""
+    if isinstance(config, RoutedConfig):
+        return _attach(model, config, context)
+    if not isinstance(config, (str, os.PathLike)):
+        raise ValueError(
+            f"config must be a RoutedConfig or a directory, got {type(config).__name__}"
+        )
+    written = checkpoint.read_config(config)
+    _refuse_other_model(model, written, config)
+    attached = _attach(model, _config(written, config), context)
     try:
-        return RoutedConfig.from_json(written)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{directory}/{checkpoint.CONFIG}: {error}") from None
+        attached.load(config)
+    except BaseException:
+        attached.detach()
+        raise
+    return attached
 
 
-def _refuse_attached(model: nn.Module) -> None:
+def _attach(model: nn.Module, config: RoutedConfig, context: RoutingContext) -> Attached:
     for name, module in model.named_modules():
         if isinstance(module, Bottleneck):
             raise ValueError(f"model has a routed layer already ({name}): detach it first")
-    if hasattr(model, PROJECTOR):
-        raise ValueError(f"model has an attribute {PROJECTOR!r} of its own")
+    targets = find_targets(model, config)
+    before = _Before(saved=modules_to_save(model, config, targets))
+    built = [build(model, target, config, context) for target in targets]
+    widths = {layer.d for _, layer in built}
+    projector = build_projector(model, config, widths, context, targets[0].module)
+
+    # Nothing is refused from here on.
+    before.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    before.buffers = {name: b.clone() for name, b in model.named_buffers()}
+    model.requires_grad_(False)
+    for target, (module, _) in zip(targets, built, strict=True):
+        for name in target.names:
+            before.modules[name] = target.module
+            _put(model, name, module)
+    for name in before.saved:
+        tensor = _tensor(model, name)
+        tensor.requires_grad_(isinstance(tensor, nn.Parameter) and tensor.is_floating_point())
+    if projector is not None:
+        context.projector = projector
+        model.add_module(PROJECTOR, projector)
+    layers = {t.names[0]: layer for t, (_, layer) in zip(targets, built, strict=True)}
+    return Attached(model, config, context, layers, projector, before)
+
+
+def _config(written: dict[str, Any], directory: str | os.PathLike[str]) -> RoutedConfig:
+    """`RoutedConfig.from_json`, naming the checkpoint in its errors."""
+    try:
+        return RoutedConfig.from_json(written)
+    except ValueError as error:
+        raise ValueError(f"{directory}/{checkpoint.CONFIG}: {error}") from None
 
 
 def _refuse_other_model(
@@ -261,95 +269,6 @@ def _refuse_other_model(
         raise ValueError(
             f"{directory} is an adapter for {theirs}, this model is a {type(model).__name__}"
         )
-
-
-def _build(
-    model: nn.Module, target: Target, config: RoutedConfig, context: RoutingContext
-) -> tuple[nn.Module, Bottleneck]:
-    """(what replaces the target, the routed layer in it)."""
-    name = target.names[0]
-    if config.routing().route.scores == "text" and is_causal(model, name):
-        raise ValueError(
-            f"route={config.route!r} lets a token see later ones: refused for {name}, which is "
-            "part of a decoder"
-        )
-    try:
-        if config.host == "lora":
-            module, layer = _linear(target.module, config, context)
-        else:
-            module, layer = _adapter(target.module, config, context)
-    except ValueError as error:
-        raise ValueError(f"target {name}: {error}") from None
-    layer.label = name
-    module.train(target.module.training)
-    return module, layer
-
-
-def _linear(
-    base: nn.Module, config: RoutedConfig, context: RoutingContext
-) -> tuple[nn.Module, Bottleneck]:
-    layer = RoutedLinear(
-        base,
-        config.r,
-        config.alpha,
-        config.routing(),
-        adapted=config.adapted,
-        of=config.of,
-        dropout=config.dropout,
-        context=context,
-    )
-    return layer, layer
-
-
-def _adapter(
-    base: nn.Module, config: RoutedConfig, context: RoutingContext
-) -> tuple[nn.Module, Bottleneck]:
-    adapter = RoutedAdapter(
-        base_features(base)[1],
-        config.r,
-        config.routing(),
-        config.activation,
-        bias=config.bias,
-        residual=config.residual,
-        dropout=config.dropout,
-        context=context,
-        **like(base),
-    )
-    return AdaptedModule(base, adapter), adapter
-
-
-def _projector(
-    config: RoutedConfig, widths: set[int], targets: list[Target], context: RoutingContext
-) -> VisualProjector | None:
-    if config.visual_width is None or widths == {config.visual_width}:
-        return None
-    if context.projector is not None:
-        raise ValueError("context has a projector already; leave visual_width at None")
-    projector = VisualProjector(config.visual_width, widths)
-    projector.requires_grad_(config.projector == "trainable")
-    return projector.to(**like(targets[0].module))
-
-
-def _modules_to_save(
-    model: nn.Module, config: RoutedConfig, targets: list[Target]
-) -> dict[str, Tensor]:
-    """Copies of every parameter and buffer in modules_to_save, by name in the model."""
-    saved: dict[str, Tensor] = {}
-    targeted = {name for target in targets for name in target.names}
-    missed = set(config.modules_to_save)
-    for name, module in model.named_modules():
-        matching = {item for item in config.modules_to_save if is_named(name, (item,))}
-        if not matching:
-            continue
-        missed -= matching
-        inside = [t for t in targeted if t == name or t.startswith(f"{name}.")]
-        if inside:
-            raise ValueError(f"modules_to_save has {name}, in which {inside[0]} is a target")
-        state = module.state_dict(keep_vars=True)
-        saved |= {f"{name}.{key}": value.detach().clone() for key, value in state.items()}
-    if missed:
-        raise ValueError(f"modules_to_save: no module is called {', '.join(sorted(missed))}")
-    return saved
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

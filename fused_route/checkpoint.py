@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,29 @@ from torch import Tensor
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # PEFT's name for the adapted model inside its own wrapper
-DIGEST = "fused_route_config"  # metadata of the tensors: which configuration they belong to
+DIGEST = "fused_route_config"  # metadata of the tensors: which settings they belong to
 
 
-def digest(config: Mapping[str, Any]) -> str:
-    """Identifies the settings of an adapter, whatever their order in the file."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+def digest(identity: Mapping[str, Any]) -> str:
+    """Of the settings that say which function the tensors belong to, in any order."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def write(
     directory: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
-    description: Mapping[str, Any],
+    identity: Mapping[str, Any],
 ) -> None:
-    """Writes both files, each whole or not at all; other files in the directory stay.
+    """Writes both files beside the old ones and moves them there; other files stay.
 
     Args:
         tensors: by their names in the file.
-        config: the settings; the tensors are marked with their digest.
-        description: further keys of adapter_config.json.
+        config: the keys of adapter_config.json.
+        identity: those of them that the tensors are marked with; see `digest`.
+
+    Raises:
+        ValueError: `directory` is a file.
     """
     from safetensors.torch import save_file
 
@@ -40,26 +44,46 @@ def write(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"directory={str(folder)!r} is a file")
     folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    metadata = {"format": "pt", DIGEST: digest(config)}
-    _replace(folder / TENSORS, lambda path: save_file(contiguous, path, metadata=metadata))
-    text = json.dumps({**config, **description}, indent=2, sort_keys=True) + "\n"
-    _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    with _beside(folder / TENSORS) as new_tensors, _beside(folder / CONFIG) as new_config:
+        metadata = {"format": "pt", DIGEST: digest(identity)}
+        save_file(_unshared(tensors), new_tensors, metadata=metadata)
+        new_config.write_text(text, encoding="utf-8")
+        for new in (new_tensors, new_config):
+            new.chmod(0o666 & ~_umask())  # both writers make private files
+        os.replace(new_tensors, folder / TENSORS)
+        os.replace(new_config, folder / CONFIG)
 
 
-def _replace(path: Path, write_to: Callable[[Path], object]) -> None:
-    """Writes beside `path` and moves it there, so that an interruption leaves the old file."""
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous on the CPU, tied weights copied: the format stores no sharing."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        own[name] = tensor.detach().cpu().contiguous()
+        storage = own[name].untyped_storage().data_ptr()
+        if storage in seen:
+            own[name] = own[name].clone()
+        seen.add(storage)
+    return own
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary file in the folder of `path`, gone at the end if it has not been moved."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)
-    temporary = Path(name)
     try:
-        write_to(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private
-        os.replace(temporary, path)
+        yield Path(name)
     finally:
-        temporary.unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Permissions that new files do not get; it can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -73,18 +97,20 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist: not an adapter checkpoint")
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(written, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(written).__name__}")
     return written
 
 
-def read_tensors(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors, on the CPU, if they belong to this configuration.
+def read_tensors(
+    directory: str | os.PathLike[str], identity: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The tensors, on the CPU, if they were saved with these settings.
 
     Raises:
-        ValueError: no such file, a damaged one, or one saved with another configuration.
+        ValueError: no such file, a damaged one, or one saved with other settings.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -97,7 +123,7 @@ def read_tensors(directory: str | os.PathLike[str], config: Mapping[str, Any]) -
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or incomplete: {error}") from None
-    if metadata.get(DIGEST, digest(config)) != digest(config):
+    if metadata.get(DIGEST, digest(identity)) != digest(identity):
         raise ValueError(f"{path} was saved with other settings than {CONFIG} beside it has")
     return tensors
 
@@ -105,27 +131,35 @@ def read_tensors(directory: str | os.PathLike[str], config: Mapping[str, Any]) -
 def check_tensors(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | os.PathLike[str]
 ) -> None:
-    """Names and shapes must agree.
+    """Names, shapes and kinds of numbers must agree, and there must be memory to copy into.
 
     Raises:
-        ValueError: lists what is missing, unexpected or of another shape.
+        ValueError: lists what is missing, unexpected, or of another shape or kind.
     """
-    problems = []
-    for what, names in (
-        ("missing", expected.keys() - found.keys()),
-        ("unexpected", found.keys() - expected.keys()),
-    ):
-        if names:
-            problems.append(f"{what}: {_some(sorted(names))}")
-    shapes = [
-        f"{name} is {tuple(found[name].shape)}, the model has {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name].shape != expected[name].shape
+    problems = [
+        f"{what}: {_some(sorted(names))}"
+        for what, names in (
+            ("missing", expected.keys() - found.keys()),
+            ("unexpected", found.keys() - expected.keys()),
+        )
+        if names
     ]
-    if shapes:
-        problems.append(f"other shapes: {_some(shapes)}")
+    other = [
+        f"{name} is {_kind(found[name])}, the model has {_kind(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if _kind(found[name]) != _kind(expected[name])
+    ]
+    if other:
+        problems.append(_some(other))
+    if any(tensor.is_meta for tensor in expected.values()):
+        problems.append("the model is on the meta device, which holds no values")
     if problems:
         raise ValueError(f"{path} does not fit this model; {'; '.join(problems)}")
+
+
+def _kind(tensor: Tensor) -> tuple[int, ...] | str:
+    shape = tuple(tensor.shape)
+    return shape if tensor.is_floating_point() else f"{tensor.dtype} {shape}"
 
 
 @torch.no_grad()

@@ -1,30 +1,74 @@
 """What `attach` is told, as one value, and how a checkpoint's adapter_config.json spells it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from .checks import finite, one_of, probability, whole
 from .reference import ACTIVATIONS
-from .routes import one_of
+from .routes import ROUTES, Route
 from .routing import Routing
 
-PEFT_TYPES = {"lora": "ROUTED_LORA", "adapter": "ROUTED_ADAPTER"}
+
+@dataclass(frozen=True)
+class Host:
+    """A way to put a bottleneck into a model, as files spell it.
+
+    Attributes:
+        peft_type: of adapter_config.json.
+        settings: fields of `RoutedConfig` that mean something for this host alone.
+        tensors: parameters of its layer by their names in a checkpoint, as PEFT names its own.
+        spelling: fields that adapter_config.json calls otherwise, as PEFT does.
+    """
+
+    peft_type: str
+    settings: tuple[str, ...]
+    tensors: Mapping[str, str]
+    spelling: Mapping[str, str] = field(default_factory=dict)
+
+
+HOSTS = {
+    "lora": Host(
+        "ROUTED_LORA",
+        settings=("alpha", "adapted", "of"),
+        tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
+        spelling={"alpha": "lora_alpha", "dropout": "lora_dropout"},
+    ),
+    "adapter": Host(
+        "ROUTED_ADAPTER",
+        settings=("activation", "bias", "residual"),
+        tensors={
+            "A": "adapter_A.weight",
+            "b_A": "adapter_A.bias",
+            "B": "adapter_B.weight",
+            "b_B": "adapter_B.bias",
+        },
+    ),
+}
 PROJECTORS = ("trainable", "frozen")
 
-# Settings that mean something for one host only.
-HOST_FIELDS = {"lora": ("alpha", "adapted", "of"), "adapter": ("activation", "bias", "residual")}
+# Settings in which a checkpoint may differ from the model it is loaded into: how it was trained,
+# and where layers sit, which the names of their tensors tell.
+MAY_DIFFER = (
+    "dropout",
+    "projector",
+    "target_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+)
 
-# adapter_config.json spells these as PEFT's LoRA does.
-PEFT_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
-
-# Keys of adapter_config.json that describe the file or the base, not the function.
+# Keys of adapter_config.json that describe the file or the base, or that PEFT writes for any LoRA.
 DESCRIPTIVE = (
     "peft_type",
     "auto_mapping",
     "base_model_name_or_path",
     "fused_route_version",
     "inference_mode",
+    "init_lora_weights",
+    "megatron_core",
     "peft_version",
+    "qalora_group_size",
     "revision",
     "task_type",
 )
@@ -44,7 +88,7 @@ class RoutedConfig:
         dropout: on the inputs of the down-projection, in training mode.
         layers_to_transform: indices of the layers in which targets count; None: all. The index is
             the first number in a module's name, or the one after `layers_pattern`.
-        layers_pattern: name before the layer index, such as "layers" or "h".
+        layers_pattern: name or names before the layer index, such as "layers" or "h".
         modules_to_save: names or suffixes of modules that stay trainable and are saved too.
         visual_width: width of the features given to the context, where it differs from the
             targets' width: a projector is added. None: features have the targets' width.
@@ -66,7 +110,7 @@ class RoutedConfig:
     normalize: str = "none"
     dropout: float = 0.0
     layers_to_transform: Sequence[int] | None = None
-    layers_pattern: str | None = None
+    layers_pattern: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] = ()
     visual_width: int | None = None
     projector: str = "trainable"
@@ -78,24 +122,21 @@ class RoutedConfig:
     residual: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "layers_to_transform", "modules_to_save", "adapted"):
-            value = getattr(self, name)
-            if isinstance(value, (list, set)):
-                value = tuple(sorted(value) if isinstance(value, set) else value)
-                object.__setattr__(self, name, value)
-        if not self.target_modules:
-            raise ValueError("target_modules is empty: name the modules to adapt")
-        one_of("host", self.host, PEFT_TYPES)
-        one_of("projector", self.projector, PROJECTORS)
-        one_of("activation", self.activation, ACTIVATIONS)
-        if self.r < 1:
-            raise ValueError(f"r must be at least 1, got {self.r}")
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is given without layers_to_transform")
-        self.routing()
+        one_of("host", self.host, HOSTS)
         for name in _foreign(self.host):
             if getattr(self, name) != _defaults()[name]:
                 raise ValueError(f"{name} has no meaning for host={self.host!r}")
+        for name, accept in ACCEPT.items():
+            object.__setattr__(self, name, accept(name, getattr(self, name)))
+        if not self.target_modules:
+            raise ValueError("target_modules is empty: name the modules to adapt")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given without layers_to_transform")
+        if self.host == "lora" and self.alpha is None:
+            object.__setattr__(self, "alpha", float(self.r))
+        one_of("projector", self.projector, PROJECTORS)
+        one_of("activation", self.activation, ACTIVATIONS)
+        self.routing()
 
     def routing(self) -> Routing:
         """The route in its modes."""
@@ -109,53 +150,113 @@ class RoutedConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Keys and values for adapter_config.json; other hosts' settings are left out."""
-        spelling = _spelling(self.host)
-        values = {key: _listed(getattr(self, name)) for key, name in spelling.items()}
-        return {"peft_type": PEFT_TYPES[self.host], **values}
+        values = {key: getattr(self, name) for key, name in _spelt(self.host).items()}
+        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {"peft_type": HOSTS[self.host].peft_type, **listed}
 
     @classmethod
     def from_json(cls, written: Mapping[str, Any]) -> "RoutedConfig":
         """The configuration that an adapter_config.json holds.
 
         Raises:
-            ValueError: not a routed adapter, or a setting this version does not know and which is
-                not off (null, false, empty or "none").
+            ValueError: not a routed adapter, a value that is not accepted, or a setting this
+                version does not know and which is not off (null, false, empty or "none").
         """
         peft_type = written.get("peft_type")
-        hosts = {spelt: host for host, spelt in PEFT_TYPES.items()}
-        if peft_type not in hosts:
+        hosts = {host.peft_type: name for name, host in HOSTS.items()}
+        if not isinstance(peft_type, str) or peft_type not in hosts:
             raise ValueError(
                 f"peft_type is {peft_type!r}; a routed adapter has one of {', '.join(hosts)}"
             )
-        host = hosts[peft_type]
-        known = _spelling(host)
-        given: dict[str, Any] = {"host": host}
+        spelt = _spelt(hosts[peft_type])
+        given: dict[str, Any] = {}
         for key, value in written.items():
-            if key in known:
-                given[known[key]] = tuple(value) if isinstance(value, list) else value
+            if key in spelt:
+                given[spelt[key]] = value
             elif key not in DESCRIPTIVE and value not in (None, False, "none", [], {}):
                 raise ValueError(f"{key}={value!r} is a setting that this version does not know")
         if "target_modules" not in given:
             raise ValueError("target_modules is missing")
-        if given.get("modules_to_save") is None:
-            given.pop("modules_to_save", None)
-        return cls(**given)
+        return cls(host=hosts[peft_type], **given)
+
+    def differences(self, other: "RoutedConfig") -> list[str]:
+        """What makes adapters of the other configuration unfit for this one, setting by setting."""
+        mine, theirs = self.to_json(), other.to_json()
+        may_differ = {HOSTS[self.host].spelling.get(name, name) for name in MAY_DIFFER}
+        return [
+            f"{key} is {theirs[key]!r} there, {mine[key]!r} here"
+            for key in mine
+            if key in theirs and key not in may_differ and mine[key] != theirs[key]
+        ]
+
+
+def identity_of(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of an adapter_config.json that say which function its tensors belong to."""
+    exempt = {h.spelling.get(name, name) for h in HOSTS.values() for name in MAY_DIFFER}
+    return {k: v for k, v in written.items() if k not in exempt and k not in DESCRIPTIVE}
+
+
+def _truth(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    items = () if value is None else value
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        raise ValueError(f"{name} must be a sequence of names, got {value!r}")
+    items = tuple(sorted(items) if isinstance(items, (set, frozenset)) else items)
+    if not all(isinstance(item, str) and item for item in items):
+        raise ValueError(f"{name} must be a sequence of names, got {value!r}")
+    return items
+
+
+def _pattern(name: str, value: Any) -> str | tuple[str, ...] | None:
+    return value if value is None or isinstance(value, str) else _names(name, value)
+
+
+def _indices(name: str, value: Any) -> tuple[int, ...]:
+    items = value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    return tuple(whole(name, item, least=0) for item in items)
+
+
+def _route(name: str, value: Any) -> str:
+    if isinstance(value, Route):
+        if ROUTES.get(value.name) is not value:
+            raise ValueError(f"{name}: register {value.name!r} first, so that files can name it")
+        return value.name
+    one_of(name, value, ROUTES)
+    return str(value)
+
+
+ACCEPT: dict[str, Any] = {
+    "target_modules": _pattern,
+    "r": whole,
+    "route": _route,
+    "dropout": probability,
+    "layers_to_transform": lambda n, value: None if value is None else _indices(n, value),
+    "layers_pattern": _pattern,
+    "modules_to_save": _names,
+    "visual_width": lambda n, value: None if value is None else whole(n, value),
+    "alpha": lambda n, value: None if value is None else finite(n, value),
+    "adapted": _indices,
+    "of": whole,
+    "bias": _truth,
+    "residual": _truth,
+}
+
+
+def _foreign(host: str) -> tuple[str, ...]:
+    """Settings of other hosts."""
+    return tuple(s for name, other in HOSTS.items() if name != host for s in other.settings)
+
+
+def _spelt(host: str) -> dict[str, str]:
+    """Settings of a host by their keys in adapter_config.json."""
+    names = [name for name in _defaults() if name not in ("host", *_foreign(host))]
+    return {HOSTS[host].spelling.get(name, name): name for name in names}
 
 
 def _defaults() -> dict[str, Any]:
     return {f.name: None if f.default is MISSING else f.default for f in fields(RoutedConfig)}
-
-
-def _foreign(host: str) -> tuple[str, ...]:
-    """Settings of the other host."""
-    return HOST_FIELDS["adapter" if host == "lora" else "lora"]
-
-
-def _spelling(host: str) -> dict[str, str]:
-    """Settings of a host by their keys in adapter_config.json."""
-    names = [name for name in _defaults() if name not in ("host", *_foreign(host))]
-    return {(PEFT_NAMES.get(name, name) if host == "lora" else name): name for name in names}
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

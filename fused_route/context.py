@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+INDEX_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)  # signed: −1 marks padding
+
 
 @dataclass(frozen=True)
 class RoutingInput:
@@ -41,6 +43,10 @@ class RoutingInput:
             raise ValueError(
                 f"x_r must be (B, Nv, d) with Nv ≥ 1, or (B, d); got {tuple(self.x_r.shape)}"
             )
+        for name in ("mask", "sample_index"):
+            given = getattr(self, name)
+            if not isinstance(given, (Tensor, type(None))):
+                raise ValueError(f"{name} must be a tensor, got {type(given).__name__}")
         if self.mask is not None:
             self._check_mask(self.mask)
             # what a masked token holds, NaN included, must not reach dA = … + gx_vᵀ x_r
@@ -57,7 +63,7 @@ class RoutingInput:
             )
 
     def _offsets(self, sample_index: Tensor) -> Tensor:
-        if sample_index.dim() != 1 or sample_index.is_floating_point():
+        if sample_index.dim() != 1 or sample_index.dtype not in INDEX_DTYPES:
             raise ValueError(
                 f"sample_index must be integers (M,), got {sample_index.dtype} "
                 f"{tuple(sample_index.shape)}"
@@ -123,8 +129,11 @@ class VisualProjector(nn.Module):
         )
 
     def forward(self, x: Tensor) -> dict[int, Tensor]:
-        """x_r by width; the features' own width included, unprojected."""
-        projected = {int(d): self.projections[d](x) for d in self.projections}
+        """x_r by width, in the projector's dtype; the features' own width included, unprojected."""
+        projected = {
+            int(d): projection(x.to(projection.weight.dtype))  # type: ignore[arg-type]
+            for d, projection in self.projections.items()
+        }
         return {self.visual_width: x, **projected}
 
 
@@ -137,7 +146,7 @@ class RoutingContext:
             loss = model(input_ids).loss
 
     Args:
-        projector: applied to x_r whenever it is set (once, not once per layer).
+        projector: applied to x_r whenever it is set: once, not once per layer.
 
     Copying or pickling a context (with the model that holds it) leaves the routing input behind.
     """
@@ -148,6 +157,8 @@ class RoutingContext:
 
     def set(self, x_r: Tensor | RoutingInput) -> None:
         """Sets the routing input from now on, until `clear` or the end of a `using` around it.
+
+        A projector runs here, once: to train it, set the routing input anew for each backward.
 
         Raises:
             ValueError: not a valid `RoutingInput`, or of a width the projector does not take.

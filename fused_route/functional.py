@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .checks import finite, one_of, probability, whole
 from .context import RoutingInput
 from .reference import ACTIVATIONS, NO_DROPOUT, Dropout
-from .routes import Route, one_of
+from .routes import Route
 from .routing import Routing, as_routing
 
 Impl = Literal["auto", "reference", "triton"]
@@ -57,29 +58,27 @@ def routed_linear(
         ValueError: an argument that does not fit; the message names it and what is accepted.
     """
     routing = as_routing(route)
+    _implementation(impl)
     if (weight is None) == (base_out is None):
         raise ValueError("give exactly one of weight and base_out")
     if bias is not None and weight is None:
         raise ValueError("bias belongs to weight; base_out has its own in it already")
-    if of < 1 or not adapted or len(set(adapted)) < len(adapted):
-        raise ValueError(f"adapted={adapted} of={of}: segments must be distinct, at least one")
-    if min(adapted) < 0 or max(adapted) >= of:
-        raise ValueError(f"adapted={adapted} must lie in 0 to of − 1 = {of - 1}")
+    _check_tensors(x_h, A=A, B=B, weight=weight, bias=bias)
     routing_input = _routing_input(x_h, x_r, routing)
-    _check_bottleneck(x_h, A, len(adapted))
-    _implementation(impl)
     if base_out is None:
         assert weight is not None
-        base_out = F.linear(x_h, weight, bias)
-    _check_up(B, base_out, A.shape[0], adapted, of)
-    if base_out.shape[:-1] != x_h.shape[:-1]:
+        base_out = _base(x_h, weight, bias)
+    elif base_out.shape[:-1] != x_h.shape[:-1] or base_out.device != x_h.device:
         raise ValueError(
-            f"base_out must be {(*x_h.shape[:-1], 'of·n')}, got {tuple(base_out.shape)}"
+            f"base_out must be {(*x_h.shape[:-1], 'of·n')} on {x_h.device}, got "
+            f"{tuple(base_out.shape)} on {base_out.device}"
         )
+    check_segments(adapted, of, base_out.shape[-1])
+    _check_matrices(A, B, x_h.shape[-1], base_out.shape[-1] // of, len(adapted))
     drop = _dropout(dropout, x_h, routing_input)
     return reference.routed_linear(
         x_h, base_out, routing_input, A, B,
-        routing=routing, s=s, adapted=adapted, of=of, dropout=drop,
+        routing=routing, s=finite("s", s), adapted=tuple(adapted), of=of, dropout=drop,
     )  # fmt: skip
 
 
@@ -113,19 +112,37 @@ def routed_adapter(
         ValueError: an argument that does not fit; the message names it and what is accepted.
     """
     routing = as_routing(route)
-    one_of("activation", activation, ACTIVATIONS)
-    routing_input = _routing_input(x_h, x_r, routing)
-    _check_bottleneck(x_h, A, 1)
-    for name, bias, length in (("b_A", b_A, A.shape[0]), ("b_B", b_B, x_h.shape[-1])):
-        if bias is not None and bias.shape != (length,):
-            raise ValueError(f"{name} must be ({length},), got {tuple(bias.shape)}")
-    _check_up(B, x_h, A.shape[0], (0,), 1)
     _implementation(impl)
+    one_of("activation", activation, ACTIVATIONS)
+    _check_tensors(x_h, A=A, B=B, b_A=b_A, b_B=b_B)
+    routing_input = _routing_input(x_h, x_r, routing)
+    _check_matrices(A, B, x_h.shape[-1], x_h.shape[-1], 1)
+    _check_bias("b_A", b_A, A.shape[0])
+    _check_bias("b_B", b_B, x_h.shape[-1])
     return reference.routed_adapter(
         x_h, routing_input, A, b_A, B, b_B,
         routing=routing, activation=activation, residual=residual,
         dropout=_dropout(dropout, x_h, routing_input),
     )  # fmt: skip
+
+
+def check_segments(adapted: tuple[int, ...], of: int, width: int) -> None:
+    """The adapted segments exist, once each, and divide the output evenly; else a ValueError."""
+    whole("of", of)
+    if width % of:
+        raise ValueError(f"of={of} does not divide the base's {width} output columns")
+    known = range(of)
+    if not adapted or len(set(adapted)) < len(adapted) or any(i not in known for i in adapted):
+        raise ValueError(f"adapted={adapted} must be distinct segments from 0 to {of - 1}")
+
+
+def _base(x_h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if weight.dim() != 2 or weight.shape[1] != x_h.shape[-1]:
+        raise ValueError(
+            f"weight must be (of·n, d) with d = {x_h.shape[-1]}, got {tuple(weight.shape)}"
+        )
+    _check_bias("bias", bias, weight.shape[0])
+    return F.linear(x_h, weight, bias)
 
 
 def _implementation(impl: str) -> None:
@@ -141,8 +158,6 @@ def _routing_input(
     x_h: Tensor, x_r: Tensor | RoutingInput | None, routing: Routing
 ) -> RoutingInput | None:
     """The routing input, checked against x_h; None for a route that takes none."""
-    if x_h.dim() < 2:
-        raise ValueError(f"x_h must be (B, …, d), got {tuple(x_h.shape)}")
     if routing.route.takes == "nothing":
         return None
     if x_r is None:
@@ -175,26 +190,39 @@ def _check_packing(
         )
 
 
-def _check_bottleneck(x_h: Tensor, A: Tensor, g: int) -> None:
-    d = x_h.shape[-1]
+def _check_tensors(x_h: Tensor, **others: Tensor | None) -> None:
+    """Tensors of one device, and of one dtype unless autocast converts them."""
+    if not isinstance(x_h, Tensor) or x_h.dim() < 2:
+        given = tuple(x_h.shape) if isinstance(x_h, Tensor) else type(x_h).__name__
+        raise ValueError(f"x_h must be a tensor (B, …, d), got {given}")
+    converts = torch.is_autocast_enabled(x_h.device.type)
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != x_h.device:
+            raise ValueError(f"{name} is on {tensor.device}, x_h is on {x_h.device}")
+        if tensor.dtype != x_h.dtype and not converts:
+            raise ValueError(
+                f"{name} is {tensor.dtype}, x_h is {x_h.dtype}: convert one, or run under "
+                "torch.autocast"
+            )
+
+
+def _check_matrices(A: Tensor, B: Tensor, d: int, n: int, g: int) -> None:
     if A.dim() != 2 or A.shape[1] != d or A.shape[0] == 0 or A.shape[0] % g:
         raise ValueError(
             f"A must be (R, d) with d = {d} and R a positive multiple of {g} adapted segments, "
             f"got {tuple(A.shape)}"
         )
-    if A.dtype != x_h.dtype and not torch.is_autocast_enabled(x_h.device.type):
-        raise ValueError(
-            f"A is {A.dtype}, x_h is {x_h.dtype}: convert one, or run under torch.autocast"
-        )
+    if B.shape != (g * n, A.shape[0] // g):
+        raise ValueError(f"B must be (g·n, r) = {(g * n, A.shape[0] // g)}, got {tuple(B.shape)}")
 
 
-def _check_up(B: Tensor, y: Tensor, R: int, adapted: tuple[int, ...], of: int) -> None:
-    g, width = len(adapted), y.shape[-1]
-    if width % of:
-        raise ValueError(f"of={of} does not divide the base's {width} output columns")
-    expected = (g * (width // of), R // g)
-    if B.shape != expected:
-        raise ValueError(f"B must be (g·n, r) = {expected}, got {tuple(B.shape)}")
+def _check_bias(name: str, bias: Tensor | None, length: int) -> None:
+    if bias is not None and bias.shape != (length,):
+        raise ValueError(f"{name} must be ({length},), got {tuple(bias.shape)}")
 
 
 def _dropout(dropout: float | Dropout, x_h: Tensor, routing_input: RoutingInput | None) -> Dropout:
@@ -205,9 +233,7 @@ def _dropout(dropout: float | Dropout, x_h: Tensor, routing_input: RoutingInput 
             if keep is not None and x is not None and keep.shape != x.shape:
                 raise ValueError(f"{name} must be {tuple(x.shape)}, got {tuple(keep.shape)}")
         return dropout
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    if dropout == 0.0:
+    if probability("dropout", dropout) == 0.0:
         return NO_DROPOUT
     keep_h = _keep(x_h, dropout)
     return Dropout(

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import finite, one_of, probability, whole
 from .context import RoutingContext
-from .functional import IMPLS, Impl, routed_adapter, routed_linear
+from .functional import IMPLS, Impl, check_segments, routed_adapter, routed_linear
 from .reference import ACTIVATIONS
-from .routes import Route, one_of
+from .routes import Route
 from .routing import Routing, as_routing
 
 
@@ -31,23 +32,27 @@ class Bottleneck(nn.Module):
         impl: Impl,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if not isinstance(context, (RoutingContext, type(None))):
+            raise ValueError(f"context must be a RoutingContext, got {type(context).__name__}")
+        self.d = whole("d", d)
+        self.rank = whole("rank", rank)
         one_of("impl", impl, IMPLS)
-        self.d = d
-        self.rank = rank
         self.routing = as_routing(route)
-        self.dropout = dropout
+        self.dropout = probability("dropout", dropout)
         self.context = RoutingContext() if context is None else context
         self.impl: Impl = impl
         self.label = type(self).__name__
+        self._is_empty = False
 
     def reset_parameters(self) -> None:
         """A and b_A as nn.Linear starts, uniform in ±1/√d; B and b_B at zero."""
         for name in self._parameters:
             self._reset(name)
+        self._is_empty = self.A.is_meta
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._is_empty = self.A.is_meta
 
     @torch.no_grad()
     def _reset(self, name: str) -> None:
@@ -65,11 +70,15 @@ class Bottleneck(nn.Module):
 
     @_is_hf_initialized.setter
     def _is_hf_initialized(self, _: bool) -> None:
-        # transformers' from_pretrained leaves parameters that the checkpoint lacks as empty memory
-        # and sets this flag on every module it walks; parameters it has loaded carry the flag too.
+        # transformers' from_pretrained builds on the meta device, gives parameters that the
+        # checkpoint lacks empty memory, and sets this flag on every module it walks; parameters it
+        # has loaded carry the flag too. Other callers set it on layers that have their values.
+        if not self._is_empty or self.A.is_meta:
+            return
         for name, parameter in self._parameters.items():
             if not getattr(parameter, "_is_hf_initialized", False):
                 self._reset(name)
+        self._is_empty = False
 
     def _route_arguments(self) -> dict[str, Any]:
         takes_image = self.routing.route.takes != "nothing"
@@ -86,22 +95,32 @@ class Bottleneck(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
-def base_features(base: object) -> tuple[int, int]:
+def base_features(
+    base: object, in_features: int | None = None, out_features: int | None = None
+) -> tuple[int, int]:
     """(input, output) width of an nn.Linear, a Hugging Face Conv1D or a layer that tells both.
 
     Raises:
-        ValueError: the base tells neither.
+        ValueError: neither the base nor the caller tells, or they disagree.
     """
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # no Conv1D without it
     if pytorch_utils is not None and isinstance(base, pytorch_utils.Conv1D):
-        return base.weight.shape[0], base.weight.shape[1]
-    widths = (getattr(base, "in_features", None), getattr(base, "out_features", None))
-    if isinstance(widths[0], int) and isinstance(widths[1], int):
-        return widths[0], widths[1]
-    raise ValueError(
-        f"base={type(base).__name__} does not tell its widths (in_features, out_features): give "
-        "in_features and out_features"
-    )
+        told: tuple[Any, Any] = base.weight.shape[0], base.weight.shape[1]
+    else:
+        told = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    if not all(isinstance(width, int) for width in told):
+        if in_features is None or out_features is None:
+            raise ValueError(
+                f"base={type(base).__name__} does not tell its widths (in_features, "
+                "out_features): give in_features and out_features"
+            )
+        told = in_features, out_features
+    for name, given, width in zip(
+        ("in_features", "out_features"), (in_features, out_features), told, strict=True
+    ):
+        if given not in (None, width):
+            raise ValueError(f"{name}={given}, but the base has {width}")
+    return told
 
 
 class RoutedLinear(Bottleneck):
@@ -143,18 +162,16 @@ class RoutedLinear(Bottleneck):
         dtype: torch.dtype | None = None,
         impl: Impl = "auto",
     ) -> None:
-        if in_features is None or out_features is None:
-            in_features, out_features = base_features(base)
+        if not callable(base):
+            raise ValueError(f"base must be callable, got {type(base).__name__}")
+        in_features, out_features = base_features(base, in_features, out_features)
         super().__init__(in_features, rank, route, dropout, context, impl)
-        if of < 1 or out_features % of:
-            raise ValueError(f"of={of} does not divide the base's {out_features} output columns")
-        if not adapted or len(set(adapted)) < len(adapted) or not set(adapted) <= set(range(of)):
-            raise ValueError(f"adapted={adapted} must be distinct segments from 0 to {of - 1}")
+        check_segments(adapted, of, out_features)
         self.base = base
         self.in_features, self.out_features = in_features, out_features
-        self.alpha = float(rank if alpha is None else alpha)
+        self.alpha = finite("alpha", rank if alpha is None else alpha)
         self.adapted, self.of = tuple(adapted), of
-        kind = like(base, device, dtype)
+        kind = weight_kind(base, device, dtype)
         g, n = len(adapted), out_features // of
         self.A = nn.Parameter(torch.empty(g * rank, in_features, **kind))
         self.B = nn.Parameter(torch.empty(g * n, rank, **kind))
@@ -222,7 +239,7 @@ class RoutedAdapter(Bottleneck):
         super().__init__(d, rank, route, dropout, context, impl)
         one_of("activation", activation, ACTIVATIONS)
         self.activation, self.residual = activation, residual
-        kind = like(None, device, dtype)
+        kind = weight_kind(None, device, dtype)
         self.A = nn.Parameter(torch.empty(rank, d, **kind))
         self.b_A = nn.Parameter(torch.empty(rank, **kind)) if bias else None
         self.B = nn.Parameter(torch.empty(d, rank, **kind))
@@ -256,6 +273,7 @@ class AdaptedModule(nn.Module):
         super().__init__()
         self.base = base
         self.adapter = adapter
+        self.in_features, self.out_features = base_features(base)
 
     @property
     def weight(self) -> Tensor:
@@ -274,7 +292,7 @@ class AdaptedModule(nn.Module):
         return self.adapter(out)
 
 
-def like(
+def weight_kind(
     base: object, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
     """Device and dtype for parameters beside a base: as asked, else as its weight."""

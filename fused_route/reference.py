@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import probability
 from .context import RoutingInput
 from .routing import Routing
 
@@ -33,12 +34,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Dropout:
     """Dropout on the inputs of A, by given masks: x̂ = keep ∘ x / (1 − p). The base path has none.
 
-    keep_h has the shape of x_h, keep_r that of x_r; None keeps everything.
+    keep_h has the shape of x_h, keep_r that of x_r (B, Nv, d) or, as x_r may, (B, d); both are
+    bool; None keeps everything.
+
+    Raises:
+        ValueError: p outside [0, 1), or masks that are not bool.
     """
 
     p: float
     keep_h: Tensor | None
     keep_r: Tensor | None
+
+    def __post_init__(self) -> None:
+        probability("p", self.p)
+        for name in ("keep_h", "keep_r"):
+            keep = getattr(self, name)
+            if keep is not None and (not isinstance(keep, Tensor) or keep.dtype != torch.bool):
+                raise ValueError(f"{name} must be a bool tensor")
+        if self.keep_r is not None and self.keep_r.dim() == 2:
+            object.__setattr__(self, "keep_r", self.keep_r.unsqueeze(1))
 
     def apply(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """x̂."""

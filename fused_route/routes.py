@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import one_of
+
 Mix = Literal["identity", "shift", "scale", "rank1", "matrix"]
 
 MIXES: dict[str, Callable[..., Tensor]] = {
@@ -30,18 +32,13 @@ MIXES: dict[str, Callable[..., Tensor]] = {
 FIRST: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x_t: x_t, "relu": torch.relu}
 
 
-def one_of(argument: str, given: object, accepted: Mapping[str, object] | tuple[str, ...]) -> None:
-    """ValueError unless `given` is one of `accepted`, naming the argument and both."""
-    if given not in accepted:
-        raise ValueError(f"{argument} must be one of {', '.join(accepted)}; got {given!r}")
-
-
 @dataclass(frozen=True)
 class Operand:
     """What an image becomes before it meets x_t: a mix and its tensors.
 
-    `w` and `u` are (…, 1, C), one row for all tokens of a sample (or (…, T, C), a row for each);
-    `K` is (…, C, C). Build one with `identity`, `shift`, `scale`, `rank1` or `matrix`.
+    `w` and `u` are (…, 1, C), one row for all tokens of a sample (a row for each token only under
+    transpose="eccv24"); `K` is (…, C, C). Build one with `identity`, `shift`, `scale`,
+    `rank1` or `matrix`.
     """
 
     mix: Mix

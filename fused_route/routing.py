@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .routes import FIRST, ROUTES, Operand, Route, one_of, rank1, reshaped
+from .checks import one_of
+from .routes import FIRST, ROUTES, Operand, Route, rank1, reshaped
 
 MODES = {
     "transpose": ("exact", "eccv24"),
@@ -126,7 +127,7 @@ class Routing:
         for mode, value in modes.items():
             one_of(mode, value, MODES[mode])
             object.__setattr__(self, mode, value)
-        if isinstance(route, str):
+        if not isinstance(route, Route):
             one_of("route", route, ROUTES)
             route = ROUTES[route]
         object.__setattr__(self, "route", route)
@@ -170,20 +171,37 @@ class Routing:
             operand = self.route.prepare(pooled(x_v, mask, self.pool))
         else:
             operand = self.route.prepare(x_v)
+        self._check(operand, x_v)
         return unit(operand, self.route.first) if self.normalize == "unit" else operand
+
+    def _check(self, operand: Operand, x_v: Tensor) -> None:
+        """A route, above all a user's own, must not mix samples or fall back on broadcasting."""
+        if not isinstance(operand, Operand):
+            raise ValueError(
+                f"route {self.route.name!r}: prepare must return identity(), shift(w), scale(w), "
+                f"rank1(u, w) or matrix(K), got {type(operand).__name__}"
+            )
+        B, G, Nv, C = x_v.shape
+        rows = {"matrix": (C,)}.get(operand.mix, (1, Nv) if self.transpose == "eccv24" else (1,))
+        for tensor in operand.tensors:
+            if tensor.shape not in [(B, G, n, C) for n in rows]:
+                raise ValueError(
+                    f"route {self.route.name!r}: {operand.mix} takes (…, {rows[0]}, C) = "
+                    f"{(B, G, rows[0], C)} for x_v {tuple(x_v.shape)}, got {tuple(tensor.shape)}"
+                )
 
     def mix(self, x_t: Tensor, operand: Operand) -> Tensor:
         """z (B, G, T, C) from x_t (B, G, T, C).
 
         Raises:
-            ValueError: the operand has a row for each token, but not for T of them.
+            ValueError: the operand has a row for each visual token, and they are not T.
         """
         T = x_t.shape[-2]
-        rows = operand.tensors[-1].shape[-2] if operand.tensors else 1
-        if operand.mix != "matrix" and rows not in (1, T):
+        rows = {1} if operand.mix == "matrix" else {w.shape[-2] for w in operand.tensors}
+        if not rows <= {1, T}:
             raise ValueError(
-                f"x_r has Nv = {rows} visual tokens: route {self.route.name!r} under transpose="
-                f"{self.transpose!r} takes 1, or pairs {T} with the T = {T} text tokens"
+                f"x_r has Nv = {max(rows)} visual tokens: route {self.route.name!r} under "
+                f"transpose='eccv24' takes 1, or pairs {T} with the T = {T} text tokens"
             )
         if self.route.scores == "text":
             x_t_T = x_t.mT if self.transpose == "exact" else reshaped(x_t)

@@ -21,11 +21,14 @@ def find_targets(model: nn.Module, config: RoutedConfig) -> list[Target]:
     """The modules that target_modules, layers_to_transform and layers_pattern select.
 
     Raises:
-        ValueError: nothing matches, or an index in layers_to_transform matches nothing.
+        ValueError: nothing matches, an item of target_modules or layers_to_transform matches
+            nothing, or a target lies inside another.
     """
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     missed_layers = set(config.layers_to_transform or ())
+    listed = () if isinstance(config.target_modules, str) else config.target_modules
+    missed = set(listed)
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or not is_named(name, config.target_modules):
             continue
@@ -34,6 +37,7 @@ def find_targets(model: nn.Module, config: RoutedConfig) -> list[Target]:
             if index not in config.layers_to_transform:
                 continue
             missed_layers.discard(index)
+        missed -= {item for item in listed if is_named(name, (item,))}
         names.setdefault(id(module), []).append(name)
         modules[id(module)] = module
     if not modules:
@@ -43,7 +47,17 @@ def find_targets(model: nn.Module, config: RoutedConfig) -> list[Target]:
         )
     if missed_layers:
         raise ValueError(f"layers_to_transform={sorted(missed_layers)}: no target in these layers")
+    if missed:
+        raise ValueError(f"target_modules: nothing is called {', '.join(sorted(missed))}")
+    _refuse_nested([name for found in names.values() for name in found])
     return [Target(module, tuple(names[key])) for key, module in modules.items()]
+
+
+def _refuse_nested(names: list[str]) -> None:
+    for name in names:
+        for outer in names:
+            if name.startswith(f"{outer}."):
+                raise ValueError(f"target_modules matches {name} inside {outer}: name one of them")
 
 
 def is_named(name: str, patterns: str | Sequence[str]) -> bool:
@@ -62,11 +76,12 @@ def is_named(name: str, patterns: str | Sequence[str]) -> bool:
     return any(name == item or name.endswith(f".{item}") for item in patterns)
 
 
-def layer_index(name: str, pattern: str | None) -> int | None:
+def layer_index(name: str, pattern: str | Sequence[str] | None) -> int | None:
     """The index after `pattern` in a module's name, or the first number in it; None if none."""
     parts = name.split(".")
+    patterns = (pattern,) if isinstance(pattern, str) else pattern
     for before, part in zip(["", *parts], parts, strict=False):
-        if part.isdigit() and pattern in (None, before):
+        if part.isdigit() and (patterns is None or before in patterns):
             return int(part)
     return None
 
@@ -79,6 +94,8 @@ def is_causal(model: nn.Module, name: str) -> bool:
     """
     for end in range(name.count("."), 0, -1):
         enclosing = model.get_submodule(".".join(name.split(".")[:end]))
+        if isinstance(enclosing, (nn.TransformerDecoder, nn.TransformerDecoderLayer)):
+            return True
         said = [
             bool(getattr(module, flag))
             for module in enclosing.modules()

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 from transformers import BartConfig, BartModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
-from fused_route import Attached, RoutedAdapter, RoutedConfig, RoutedLinear, RoutingContext, attach
+from fused_route import (
+    Attached,
+    Route,
+    RoutedAdapter,
+    RoutedConfig,
+    RoutedLinear,
+    RoutingContext,
+    VisualProjector,
+    attach,
+    shift,
+)
 
 QUERY_VALUE = r".*attention\.self\.(query|value)"
 
@@ -135,7 +145,7 @@ def test_only_what_was_asked_for_trains(kind: str) -> None:
         if original in before:
             changed = any(original.startswith(item) for item in saved)
             assert parameter.requires_grad == changed
-            assert torch.equal(parameter, before[original]) != changed or not changed, name
+            assert torch.equal(parameter, before[original]) != changed, name
         else:
             is_frozen = name.startswith("visual_projector") and kind == "frozen projector"
             assert parameter.requires_grad != is_frozen, name
@@ -202,9 +212,167 @@ def test_self_gram_reads_the_future_so_decoders_refuse_it() -> None:
         assert attached.model(IDS)[0].isfinite().all()
 
 
+class Encoder(nn.Module):
+    """torch's own layer, which in evaluation reads weights instead of calling its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("host", ["lora", "adapter"])
+def test_torchs_encoder_layer_calls_the_routed_layer_in_evaluation_too(host: str) -> None:
+    model, x = Encoder(), torch.randn(2, 3, 8)
+    plain = model.eval()(x)
+    attached = attach(model, RoutedConfig(["linear1" if host == "lora" else "linear2"], host=host))
+    for layer in attached.layers.values():
+        nn.init.normal_(layer.B)
+    with attached.using(torch.randn(2, 8)), torch.no_grad():
+        training, evaluation = model.train()(x), model.eval()(x)
+    torch.testing.assert_close(training, evaluation)
+    assert not torch.allclose(evaluation, plain)
+    attached.detach()
+    assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("clear", ["using", "sticky"])
+def test_gradient_checkpointing_of_a_hugging_face_model(clear: str) -> None:
+    model = bert().train()
+    attached = attach(model, RoutedConfig(["query"]))
+    for layer in attached.layers.values():
+        nn.init.normal_(layer.B)
+    images = torch.randn(2, 2, 8)
+
+    def gradients() -> list[Tensor]:
+        total = torch.zeros(())
+        for image in images:  # two forwards, then one backward
+            torch.manual_seed(0)
+            if clear == "using":
+                with attached.using(image):
+                    total = total + model(IDS)[0][..., 0].sum()
+            else:
+                attached.context.set(image)
+                total = total + model(IDS)[0][..., 0].sum()
+        return list(torch.autograd.grad(total, [layer.A for layer in attached.layers.values()]))
+
+    expected = gradients()
+    attached.checkpoint_activations()
+    for mine, theirs in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    plain = attach(nn.Sequential(nn.Linear(8, 8)), RoutedConfig(["0"]))
+    with pytest.raises(ValueError, match="has no activation_checkpointing_enable"):
+        plain.checkpoint_activations()
+
+
+def test_running_statistics_and_integer_buffers_come_back() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm, self.head = (
+                nn.Linear(8, 8),
+                nn.BatchNorm1d(8),
+                nn.BatchNorm1d(8),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.linear(x)))
+
+    model = Normed()
+    before = copy.deepcopy(model)
+    attached = attach(model, RoutedConfig(["linear"], modules_to_save=["head"]))
+    assert "base_model.model.head.num_batches_tracked" in attached.tensors()
+    with attached.using(torch.randn(4, 8)):
+        model(torch.randn(4, 8)).square().sum().backward()
+    attached.detach()
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_modes_of_submodules_are_left_alone() -> None:
+    model = bert().train()
+    frozen = model.get_submodule("encoder.layer.0.attention.self.query")
+    frozen.eval()
+    attach(model, RoutedConfig(["query"]))
+    now = model.get_submodule("encoder.layer.0.attention.self.query")
+    assert not now.training and not now.base.training
+    assert model.get_submodule("encoder.layer.1.attention.self.query").training
+
+
+def test_one_context_for_two_models_and_a_projector_of_ones_own() -> None:
+    context = RoutingContext(VisualProjector(5, {8}))
+    one, two = (attach(bert(), RoutedConfig(["query"]), context) for _ in range(2))
+    assert not any("visual_projector" in name for name in one.tensors())
+    with context.using(torch.randn(2, 5)):
+        one.model(IDS)
+        two.model(IDS)
+        one.detach()
+        two.model(IDS)
+    with pytest.raises(ValueError, match="context has a projector already"):
+        attach(one.model, RoutedConfig(["query"], visual_width=5), context)
+    projected = attach(one.model, RoutedConfig(["query"], visual_width=5))
+    assert projected.context.projector is projected.projector is not None
+    projected.detach()
+    assert projected.context.projector is None
+
+
+def test_projector_follows_the_model() -> None:
+    model = bert().to(torch.bfloat16)
+    attached = attach(model, RoutedConfig(["query"], visual_width=5))
+    with attached.using(torch.randn(2, 5)):  # features in fp32
+        assert model(IDS)[0].dtype == torch.bfloat16
+    assert attached.projector is not None and not attached.projector.training
+    attached.detach()
+    same = attach(model, RoutedConfig(["query"], visual_width=8))
+    assert same.projector is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"target_modules": ["lin"]}, ["a.lin", "b.0.lin", "b.1.lin"]),  # not "a.inlin"
+        ({"target_modules": "a.lin"}, ["a.lin"]),  # all of the name: not "a.lin2"
+        ({"target_modules": {"lin2", "lin"}, "layers_to_transform": 1}, ["b.1.lin"]),
+        (
+            {"target_modules": ["lin"], "layers_to_transform": [0], "layers_pattern": ["b"]},
+            ["b.0.lin"],
+        ),
+    ],
+)
+def test_names_and_layers_match_as_documented(arguments: dict[str, Any], names: list[str]) -> None:
+    def block() -> nn.ModuleDict:
+        return nn.ModuleDict({"lin": nn.Linear(4, 4)})
+
+    a = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("lin", "inlin", "lin2")})
+    b = [block(), block()]
+    model = nn.ModuleDict({"a": a, "b": nn.ModuleList(b)})
+    if arguments.get("layers_to_transform") == 1:
+        b[1]["lin2"] = nn.Linear(4, 4)
+        names = [*names, "b.1.lin2"]
+    assert sorted(attach(model, RoutedConfig(**arguments)).layers) == names
+
+
 class Opaque(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Linear(8, 8)
+        self.outer.inner = nn.Linear(8, 8)
+
+
+class Taken(nn.Module):
+    visual_projector = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Linear(8, 8)
 
 
 def attached_twice() -> None:
@@ -233,9 +401,44 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: attach(bert(), RoutedConfig(["query"], modules_to_save=("classifier",))),
         "no module is called classifier",
     ),
+    "one of several": (
+        lambda: attach(bert(), RoutedConfig(["query", "vale"])), "nothing is called vale"
+    ),
+    "nested": (
+        lambda: attach(Nested(), RoutedConfig(["outer", "inner"])), "outer.inner inside outer"
+    ),
+    "attention": (
+        lambda: attach(Encoder(), RoutedConfig(["out_proj"])), "reads its weight and never calls"
+    ),
+    "sequential": (
+        lambda: attach(nn.Sequential(nn.Linear(8, 8)), RoutedConfig(["0"], visual_width=5)),
+        "the projector would become one of its layers",
+    ),
+    "taken": (
+        lambda: attach(Taken(), RoutedConfig(["outer"], visual_width=5)), "has an attribute"
+    ),
+    "torch decoder": (
+        lambda: attach(
+            nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 12), 1),
+            RoutedConfig(["linear1"], route="self_gram"),
+        ),
+        "part of a decoder",
+    ),
+    "model": (lambda: attach(None, RoutedConfig(["q"])), "model must be a torch module"),  # type: ignore[arg-type]
+    "config": (lambda: attach(bert(), None), "config must be a RoutedConfig"),  # type: ignore[arg-type]
+    "context": (lambda: attach(bert(), RoutedConfig(["query"]), 3), "context must be"),  # type: ignore[arg-type]
+    "r": (lambda: RoutedConfig(["q"], r=8.5), "r must be a whole number"),  # type: ignore[arg-type]
+    "dropout": (lambda: RoutedConfig(["q"], dropout=1.0), r"dropout must be in \[0, 1\)"),
+    "saved str": (lambda: RoutedConfig(["q"], modules_to_save="head"), "sequence of names"),
+    "bool": (lambda: RoutedConfig(["q"], host="adapter", bias="none"), "must be True or False"),  # type: ignore[arg-type]
+    "width": (lambda: RoutedConfig(["q"], visual_width=0), "visual_width must be a whole"),
+    "layers": (lambda: RoutedConfig(["q"], layers_to_transform=("x",)), "whole number"),  # type: ignore[arg-type]
+    "own route": (
+        lambda: RoutedConfig(["q"], route=Route("unregistered", shift)), "register 'unregistered'"  # type: ignore[arg-type]
+    ),
     "no targets": (lambda: RoutedConfig([]), "target_modules is empty"),
     "host": (lambda: RoutedConfig(["q"], host="prefix"), "host must be one of lora, adapter"),
-    "rank": (lambda: RoutedConfig(["q"], r=0), "r must be at least 1"),
+    "rank": (lambda: RoutedConfig(["q"], r=0), "r must be a whole number of at least 1"),
     "route": (lambda: RoutedConfig(["q"], route="x"), "route must be one of"),
     "alpha": (lambda: RoutedConfig(["q"], host="adapter", alpha=1.0), "alpha has no meaning"),
     "residual": (lambda: RoutedConfig(["q"], residual=False), "residual has no meaning"),

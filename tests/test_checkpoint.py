@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_attach import CONFIGS, IDS, bert, gpt2, train_a_little
 from torch import nn
 
-from fused_route import ROUTES, Attached, Route, RoutedConfig, attach, scale
+from fused_route import ROUTES, Attached, Route, RoutedConfig, attach, checkpoint, scale
 
 KEYS = Path(__file__).parent / "golden" / "checkpoint_keys.json"
 
@@ -116,12 +117,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "alpha": (edit("lora_alpha", 16), "lora_alpha is 16"),
     "type": (edit("peft_type", "LORA"), "peft_type is 'LORA'"),
     "host": (edit("peft_type", "ROUTED_ADAPTER"), "not know"),
+    "type of type": (edit("peft_type", ["x"]), "peft_type is"),
+    "float rank": (edit("r", 8.5), "r must be a whole number"),
+    "kind": (
+        retensor(lambda t: t.update({FIRST: torch.ones(8, 8, dtype=torch.int64)})),
+        "torch.int64",
+    ),
     "unknown": (edit("use_dora", True), "use_dora=True is a setting"),
     "bad value": (edit("r", "eight"), "adapter_config.json: "),
     "no targets": (edit("target_modules", KeyError), "target_modules is missing"),
     "unknown route": (edit("route", "grum"), "route must be one of"),
     "model": (edit("auto_mapping", {"base_model_class": "GPT2Model"}), "adapter for GPT2Model"),
-    "mixed saves": (edit("target_modules", ["quer", "query"]), "saved with other settings"),
+    "mixed saves": (edit("new_setting", "none"), "saved with other settings"),
     "missing": (retensor(lambda t: t.pop(FIRST)), "missing: base_model.*layer.0.*lora_A"),
     "unexpected": (retensor(lambda t: t.update(x=torch.ones(1))), "unexpected: x"),
     "shape": (
@@ -143,6 +150,93 @@ def test_what_does_not_fit_changes_nothing(what: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     for name, tensor in attached.tensors().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_what_may_differ_does(tmp_path: Path) -> None:
+    """How it was trained, and how targets were named; what PEFT writes for any LoRA is ignored."""
+    trained(target_modules=["query"]).save(tmp_path)
+    changes: dict[str, object] = {
+        "lora_dropout": 0.1,
+        "projector": "frozen",
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+    for name, value in changes.items():
+        edit(name, value)(tmp_path)
+    attach(bert(), RoutedConfig(r".*self\.query", dropout=0.3)).load(tmp_path)
+
+
+def test_settings_of_a_later_version_do_not_break_the_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(target_modules=["query"]).save(tmp_path)
+    to_json = RoutedConfig.to_json
+    monkeypatch.setattr(RoutedConfig, "to_json", lambda self: {**to_json(self), "plan": "auto"})
+    attach(bert(), RoutedConfig(["query"])).load(tmp_path)
+
+
+def test_other_hosts_are_other_adapters(tmp_path: Path) -> None:
+    adapter = attach(bert(), RoutedConfig(["query"], host="adapter"))
+    adapter.save(tmp_path)
+    with pytest.raises(ValueError, match="peft_type is 'ROUTED_ADAPTER' there"):
+        trained(target_modules=["query"]).load(tmp_path)
+    adapter.detach()
+    for call in (adapter.tensors, lambda: adapter.save(tmp_path), lambda: adapter.load(tmp_path)):
+        with pytest.raises(ValueError, match="detached"):
+            call()
+
+
+def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
+    trained(target_modules=["query"]).save(tmp_path)
+    with pytest.raises(ValueError, match="meta device"):
+        attach(bert().to("meta"), tmp_path)
+
+
+def test_any_failure_undoes_the_attaching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(target_modules=["query"]).save(tmp_path)
+    model = bert()
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "read_tensors", fails)
+    with pytest.raises(MemoryError):
+        attach(model, tmp_path)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(name.endswith(".A") for name in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"route": ROUTES["mul"]},
+        {"target_modules": frozenset(["query"])},
+        {"layers_to_transform": range(2)},
+        {"alpha": np.float32(4)},
+        {"r": np.int64(4)},
+    ],
+)
+def test_whatever_is_accepted_can_be_saved(arguments: dict[str, Any], tmp_path: Path) -> None:
+    attached = attach(bert(), RoutedConfig(**{"target_modules": ["query"], **arguments}))
+    attached.save(tmp_path / "made" / "on the way")
+    assert attach(bert(), tmp_path / "made" / "on the way").config == attached.config
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in (tmp_path / "made" / "on the way").iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_tied_weights_and_strided_ones_are_saved_whole(tmp_path: Path) -> None:
+    model = gpt2()
+    attached = attach(model, RoutedConfig(["c_attn"], modules_to_save=["wte", "lm_head"]))
+    with torch.no_grad():
+        layer = next(iter(attached.layers.values()))
+        layer.A.set_(layer.A.T.contiguous().T)  # type: ignore[call-overload]
+    attached.save(tmp_path)
+    expected = {name: t.detach().clone() for name, t in attached.tensors().items()}
+    again = attach(gpt2(), tmp_path)
+    for name, tensor in again.tensors().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:

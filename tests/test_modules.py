@@ -1,5 +1,6 @@
 """The two layers: what they start as, what they keep, what they refuse."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fused_route import (
     routed_adapter,
     routed_linear,
 )
+from fused_route.modules import AdaptedModule
 
 D = 8
 
@@ -80,6 +82,48 @@ def test_initial_values_and_first_gradients(normalize: str) -> None:
         assert (layer.A.grad == 0).all() and (layer.B.grad != 0).any()
 
 
+def test_adapter_bias_starts_as_a_linears() -> None:
+    adapter = RoutedAdapter(D, 64)
+    assert adapter.b_A is not None
+    assert 0.5 / math.sqrt(D) < adapter.b_A.std() and adapter.b_A.abs().max() <= 1 / math.sqrt(D)
+
+
+class Base(nn.Module):
+    """A base with what quantised layers have: an integer weight, further arguments, widths."""
+
+    in_features, out_features = D, D
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(D, D, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor, factor: float, *, plus: float = 0.0) -> Tensor:
+        return x * factor + plus
+
+
+def test_an_integer_weight_and_further_arguments() -> None:
+    layer = RoutedLinear(Base(), 4)
+    assert layer.A.dtype == torch.float32 and layer.B.dtype == torch.float32
+    x_h = torch.randn(2, 3, D)
+    with layer.context.using(torch.randn(2, D)):
+        torch.testing.assert_close(layer(x_h, 2.0, plus=1.0), 2 * x_h + 1, rtol=0, atol=0)
+
+
+class Pair(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), "weights"
+
+
+def test_adapted_module_adapts_the_first_of_a_tuple() -> None:
+    base, adapter = Pair(D, D), RoutedAdapter(D, 4)
+    nn.init.normal_(adapter.B)
+    adapted, x_h = AdaptedModule(base, adapter), torch.randn(2, 3, D)
+    with adapter.context.using(torch.randn(2, D)):
+        states, rest = adapted(x_h)
+        assert rest == "weights" and torch.equal(states, adapter(base(x_h)[0]))
+    assert (adapted.in_features, adapted.out_features) == (D, D)
+
+
 def test_adapter_starts_as_the_identity() -> None:
     x_h = torch.randn(2, 4, D)
     for residual, expected in ((True, x_h), (False, torch.zeros_like(x_h))):
@@ -128,6 +172,33 @@ def test_initial_values_survive_from_pretrained(tmp_path: Path) -> None:
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
+def test_trained_layers_survive_being_wrapped(tmp_path: Path) -> None:
+    """A model around trained layers initialises what it lacks, not what it was given."""
+    trained = [RoutedLinear(nn.Linear(D, D), 4), RoutedAdapter(D, 4)]
+    rebuilt = RoutedLinear(nn.Linear(D, D, device="meta"), 4)
+    state = {name: torch.randn(p.shape) for name, p in rebuilt.state_dict().items()}
+    rebuilt.load_state_dict(state, assign=True)
+    layers = [*trained, copy.deepcopy(trained[0]), rebuilt]
+    for layer in layers:
+        nn.init.normal_(layer.B)
+    before = [layer.B.detach().clone() for layer in layers]
+
+    class Around(PlainHost):
+        def __init__(self, config: HostConfig) -> None:
+            super().__init__(config)
+            self.layers = nn.ModuleList(layers)
+            self.post_init()
+
+    Around(HostConfig())
+    assert all(torch.equal(layer.B, b) for layer, b in zip(layers, before, strict=True))
+
+
+def test_to_empty_then_reset_parameters() -> None:
+    layer = RoutedAdapter(D, 4, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    assert (layer.B == 0).all() and layer.b_A is not None and layer.b_A.abs().max() > 0
+
+
 def test_skipped_initialisers_do_not_reach_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("kaiming_uniform_", "uniform_", "zeros_", "normal_"):
         monkeypatch.setattr(nn.init, name, lambda tensor, *a, **k: tensor)
@@ -164,6 +235,9 @@ def test_dropout_in_training_only_and_from_torchs_generator() -> None:
         keep_r = torch.empty_like(x_r, dtype=torch.bool).bernoulli_(0.5)
         given = Dropout(0.5, keep_h, keep_r)
         masked = routed_linear(x_h, layer.A, layer.B, x_r, base_out=layer.base(x_h), dropout=given)
+        given = Dropout(0.5, keep_h, keep_r[:, 0])  # (B, d), as x_r may be
+        same = routed_linear(x_h, layer.A, layer.B, x_r, base_out=layer.base(x_h), dropout=given)
+        assert torch.equal(masked, same)
         assert torch.equal(first, masked)
         layer.eval()
         assert torch.equal(layer(x_h), layer(x_h))
@@ -199,7 +273,7 @@ X, A4, B4, B12, W = (
     torch.randn(D, D),
 )
 REFUSED: dict[str, tuple[Any, str]] = {
-    "rank": (lambda: RoutedLinear(nn.Linear(D, D), 0), "rank must be at least 1, got 0"),
+    "rank": (lambda: RoutedLinear(nn.Linear(D, D), 0), "rank must be a whole .* got 0"),
     "dropout": (lambda: RoutedAdapter(D, 4, dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
     "route": (lambda: RoutedAdapter(D, 4, "grum"), "route must be one of"),
     "activation": (lambda: RoutedAdapter(D, 4, "mul", "tanh"), "activation must be one of"),
@@ -208,13 +282,47 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "adapted": (lambda: RoutedLinear(nn.Linear(D, 9), 4, adapted=(3,), of=3), "from 0 to 2"),
     "twice": (lambda: RoutedLinear(nn.Linear(D, 9), 4, adapted=(1, 1), of=3), "distinct"),
     "widths": (lambda: RoutedLinear(quadruple, 4), "give in_features and out_features"),
+    "told otherwise": (lambda: RoutedLinear(nn.Linear(D, 9), 4, in_features=9), "the base has 8"),
+    "base": (lambda: RoutedLinear(3, 4), "base must be callable, got int"),  # type: ignore[arg-type]
+    "context": (lambda: RoutedAdapter(D, 4, context=X), "context must be a RoutingContext"),  # type: ignore[arg-type]
+    "d": (lambda: RoutedAdapter(0, 4), "d must be a whole number"),
+    "rank 4.0": (lambda: RoutedAdapter(D, 4.0), "rank must be a whole number"),  # type: ignore[arg-type]
+    "alpha": (lambda: RoutedLinear(nn.Linear(D, D), 4, float("nan")), "alpha must be a finite"),
+    "p": (lambda: Dropout(1.0, None, None), r"p must be in \[0, 1\)"),
+    "keep": (lambda: Dropout(0.1, X, None), "keep_h must be a bool tensor"),
+    "routing twice": (lambda: Routing(Routing("mul")), "route must be one of"),  # type: ignore[arg-type]
+    "route 3": (lambda: routed_linear(X, A4, B4, X, weight=W, route=3), "route must be one of"),  # type: ignore[arg-type]
+    "s": (lambda: routed_linear(X, A4, B4, X, weight=W, s="2"), "s must be a finite"),  # type: ignore[arg-type]
+    "p drop": (lambda: routed_linear(X, A4, B4, X, weight=W, dropout=1.5), "dropout must be in"),
+    "weight": (lambda: routed_linear(X, A4, B4, X, weight=W[:, 1:]), "weight must be"),
+    "bias length": (lambda: routed_linear(X, A4, B4, X, weight=W, bias=W[0, :1]), "bias must be"),
+    "list": (lambda: routed_linear(X, A4, [1], X, weight=W), "B must be a tensor, got list"),  # type: ignore[arg-type]
+    "x_h list": (lambda: routed_linear([1], A4, B4, X, weight=W), "x_h must be a tensor"),  # type: ignore[arg-type]
+    "device": (lambda: routed_linear(X, A4.to("meta"), B4, X, weight=W), "A is on meta, x_h is on"),
+    "x_r device": (lambda: routed_linear(X, A4, B4, X.to("meta"), weight=W), "x_r is on meta"),
+    "dtype": (lambda: routed_linear(X, A4, B4.half(), X, weight=W), "B is torch.float16"),
+    "b_B": (lambda: routed_adapter(X, A4, B4, X, b_B=A4[0, :1]), r"b_B must be \(8,\)"),
+    "keep_r": (
+        lambda: routed_adapter(X, A4, B4, X, dropout=Dropout(0.1, None, X[:, :1] > 0)),
+        "keep_r must be",
+    ),
+    "of 2": (lambda: routed_linear(X, A4, B4, X, weight=W, of=3), "of=3 does not divide"),
+    "segment": (lambda: routed_linear(X, A4, B4, X, weight=W, adapted=(1,)), "from 0 to 0"),
+    "none adapted": (lambda: routed_linear(X, A4, B4, X, weight=W, adapted=()), "distinct"),
+    "packed self_gram": (
+        lambda: routed_linear(
+            X, A4, B4, RoutingInput(X[:, :1], None, torch.zeros(6).long()), weight=W,
+            route=Routing("self_gram", compat="eccv24"),
+        ),
+        "sample_index with transpose='eccv24'",
+    ),
     "two bases": (lambda: routed_linear(X, A4, B4, X, weight=W, base_out=X), "exactly one of"),
     "no base": (lambda: routed_linear(X, A4, B4, X), "exactly one of"),
     "bias": (lambda: routed_linear(X, A4, B4, X, base_out=X, bias=X[0, 0]), "bias belongs"),
     "base_out": (lambda: routed_linear(X, A4, B4, X, base_out=X[:, :2]), "base_out must be"),
     "A": (lambda: routed_linear(X, A4.T, B4, X, weight=W), r"A must be \(R, d\) with d = 8"),
     "B": (lambda: routed_linear(X, A4, B12, X, weight=W), r"B must be \(g·n, r\) = \(8, 4\)"),
-    "x_h": (lambda: routed_linear(X[0, 0], A4, B4, X, weight=W), "x_h must be"),
+    "x_h": (lambda: routed_linear(X[0, 0], A4, B4, X, weight=W), "x_h must be a tensor"),
     "x_r": (lambda: routed_linear(X, A4, B4, weight=W), "x_r is missing"),
     "x_r width": (lambda: routed_linear(X, A4, B4, X[..., 1:], weight=W), "x_r has width 7"),
     "triton": (lambda: routed_linear(X, A4, B4, X, weight=W, impl="triton"), "no Triton kernels"),

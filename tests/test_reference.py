@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fused_route import Dropout, Routing, RoutingInput, routed_adapter, routed_linear
+from fused_route.reference import ACTIVATIONS
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 
@@ -216,6 +217,45 @@ def test_masked_tokens_count_for_nothing(route: str, normalize: str) -> None:
         strict=True,
     ):
         assert relative_error(mine, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str, residual: bool) -> None:
+    c = case("adapter", T=7)
+    arguments: dict[str, Any] = {
+        "activation": activation,
+        "residual": residual,
+        "route": "mul",
+    }
+    y = routed_adapter(c.x_h, c.A, c.B, c.x_r, b_A=c.b_A, b_B=c.bias, **arguments)
+    theirs = transcription.routed_adapter(
+        c.x_h, c.x_r, A=c.A, b_A=c.b_A, B=c.B, b_B=c.bias, **arguments,
+    )  # fmt: skip
+    assert_same_function(y, theirs, c)
+
+
+def test_biases_may_be_absent() -> None:
+    c = case("adapter")
+    y = routed_adapter(c.x_h, c.A, c.B, c.x_r, route="add")
+    zeros = routed_adapter(
+        c.x_h, c.A, c.B, c.x_r, b_A=torch.zeros_like(c.A[:, 0]), b_B=0 * c.bias, route="add"
+    )
+    assert torch.equal(y, zeros)
+
+
+def test_features_of_another_dtype_are_converted() -> None:
+    c = case("linear")
+    y = run(c, "linear", Routing("mul"), c.x_r.float())
+    assert y.dtype == torch.float64
+    assert torch.equal(y, run(c, "linear", Routing("mul"), c.x_r.float().double()))
+
+
+def test_a_base_of_another_dtype_decides_the_outputs() -> None:
+    c = case("linear")
+    assert c.weight is not None
+    base_out = (c.x_h @ c.weight.T).half()
+    assert routed_linear(c.x_h, c.A, c.B, c.x_r, base_out=base_out).dtype == torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

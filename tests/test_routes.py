@@ -2,12 +2,25 @@
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from cases import BUILT_IN
 
-from fused_route import ROUTES, Operand, Route, RoutedLinear, Routing, matrix, rank1, scale, shift
+from fused_route import (
+    ROUTES,
+    Operand,
+    Route,
+    RoutedLinear,
+    Routing,
+    matrix,
+    rank1,
+    routed_linear,
+    scale,
+    shift,
+)
 from fused_route.routing import gain
 
 DESIGN = {  # mix with one visual token, with several, and what x_t meets first
@@ -52,6 +65,24 @@ def test_a_route_of_ones_own(brightest: Route) -> None:
     assert ROUTES.register(brightest) is brightest  # twice is fine: notebooks run cells again
     assert pickle.loads(pickle.dumps(brightest)) is brightest
     assert copy.deepcopy(layer).routing.route is brightest
+
+
+WRONG: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
+    "pairs": (scale, "scale takes .* got .2, 1, 5, 3."),  # token with token: eccv24's alone
+    "mixes samples": (lambda x_v: scale(x_v.mean(0, keepdim=True)[..., :1, :]), "scale takes"),
+    "no rows": (lambda x_v: shift(x_v.mean(-2)), "shift takes"),
+    "rank1": (lambda x_v: rank1(x_v, x_v[..., :1, :]), "rank1 takes"),
+    "matrix": (matrix, "matrix takes"),
+    "a tensor": (lambda x_v: x_v, "prepare must return identity.*got Tensor"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_prepare_that_would_broadcast_is_refused(what: str) -> None:
+    prepare, message = WRONG[what]
+    x = torch.randn(2, 5, 4)
+    with pytest.raises(ValueError, match=message):
+        routed_linear(x, x[0, :3], torch.zeros(4, 3), x, base_out=x, route=Route("own", prepare))
 
 
 def test_names_are_unique_and_known() -> None:
