@@ -161,7 +161,6 @@ def line(run: Run) -> list[str]:
 
 def study(runs: list[Run], out: Path) -> None:
     """Trains every run, prints a row for each as it ends, and writes all of them as JSON."""
-    torch.set_flush_denormal(True)
     _, tokenizer = load_encoder(demo.encoder_directory(), demo.Settings().layers)
     splits = demo.load_splits(load_efficientnet_lite0(), tokenizer, CACHE_DIR)
     print("| " + " | ".join([*COLUMNS, "loss", "test"]) + " |")

@@ -164,6 +164,22 @@ def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str])
     assert caught.value.code == 2 and "error" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "nan"], "lr must be a finite number"),
+        (["--lr", "-1"], "lr must be greater than 0"),
+        (["--out", __file__], "is a file"),
+    ],
+)
+def test_demo_refuses_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", "--steps", "1", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and message in printed.err
+
+
 def test_the_image_reaches_the_answer_only_through_what_an_arm_has() -> None:
     _, tokenizer = load_encoder(demo.encoder_directory(), 1)
     tokens = tokenizer(["is there a circle?", "what is it?"], padding=True, return_tensors="pt")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_route import Attached, RoutedConfig, __version__
+from fused_route.checks import finite, whole
 from fused_route.training import easy_vqa
 from fused_route.training.easy_vqa import Questions
 from fused_route.training.features import CACHE_DIR, atomic_file, encode_images
@@ -79,6 +80,9 @@ class Settings:
         seeds: number of runs of each arm.
         out: folder of the results.
         cache: folder of the image features.
+
+    Raises:
+        ValueError: a number that is not accepted, or `out` is a file.
     """
 
     steps: int = 300
@@ -89,6 +93,14 @@ class Settings:
     seeds: int = 1
     out: Path = Path("runs", "demo")
     cache: Path = CACHE_DIR
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "rank", "layers", "seeds"):
+            whole(name, getattr(self, name))
+        if finite("lr", self.lr) <= 0.0:
+            raise ValueError(f"lr must be greater than 0, got {self.lr}")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"out={str(self.out)!r} is a file")
 
 
 @dataclass(frozen=True)
@@ -291,9 +303,10 @@ def examples(results: Sequence[ArmResult], test: Split, count: int = 12) -> list
 def header(settings: Settings) -> dict[str, str]:
     """Settings and versions, for the report."""
     packages = ("torch", "transformers", "timm")
-    shown = {name: str(value) for name, value in asdict(settings).items() if name != "cache"}
+    shown = {n: str(v) for n, v in asdict(settings).items() if n not in ("cache", "out")}
     return {
         **shown,
+        "learning curves": f"on {WATCHED} test questions, drawn once; the table is on all",
         "text model": f"{ENCODER}, first {settings.layers} layers, frozen",
         "image features": "EfficientNet-Lite0 (ImageNet), pooled, frozen",
         "versions": ", ".join(
@@ -308,8 +321,6 @@ def keep_earlier(out: Path) -> Path | None:
     """Moves earlier results out of the way: their folder gets the time they were written."""
     if not out.exists():
         return None
-    if not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a file")
     if not any(out.iterdir()):
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(out.stat().st_mtime))
@@ -326,9 +337,8 @@ def run(settings: Settings, arms: Sequence[Arm] = ARMS) -> Path:
     """Trains and tests every arm; prints the table, writes the report. Returns the report's path.
 
     Raises:
-        ValueError: a package or a file is missing, or `out` is a file.
+        ValueError: a package or a file is missing.
     """
-    torch.set_flush_denormal(True)  # on CPUs denormal gradients cost up to four times the time
     _, tokenizer = load_encoder(encoder_directory(), settings.layers)
     tower = load_efficientnet_lite0()
     train, test = load_splits(tower, tokenizer, settings.cache)

@@ -80,7 +80,9 @@ def learning_curves(
             _curve(axes, name, points, (bands or {}).get(name), looks[name])
         _baseline_lines(axes, baselines)
         axes.set(
-            xlabel="training step", ylabel="test accuracy", title="Test accuracy during training"
+            xlabel="training step",
+            ylabel="test accuracy",
+            title="Accuracy on sampled test questions during training",
         )
         axes.yaxis.set_major_formatter(_percent)
         axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)

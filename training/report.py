@@ -124,7 +124,10 @@ def write_report(
         The path of report.md.
     """
     folder = Path(folder)
-    figures = {CURVES: "Test accuracy during training", BARS: "Test accuracy by question type"}
+    figures = {
+        CURVES: "Accuracy on test questions during training",
+        BARS: "Test accuracy by question type",
+    }
     bands = {row.name: row.band for row in rows if row.band is not None}
     curves = {row.name: row.curve for row in rows}
     overall = {name: accuracy["all"] for name, accuracy in baselines.items()}
