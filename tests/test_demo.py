@@ -1,6 +1,7 @@
 """The main job on the first images of easy-VQA with the real models, and the command line."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +66,56 @@ def test_arms_train_the_same_number_of_parameters(small: list[Path]) -> None:
     assert len(record["results"]) == len(ARMS)
     # q and v of 3 layers: A (8, 384) and B (384, 8); a head from 384 to 13
     assert counts == {6 * 2 * 8 * 384 + 384 * 13 + 13}
+
+
+def test_baselines_are_fitted_on_training_questions(small: list[Path]) -> None:
+    (earlier,) = (p for p in small[0].parent.iterdir() if p != small[0])
+    baselines = json.loads((earlier / "results.json").read_text())["baselines"]
+    train, test = first(easy_vqa.load("train")), first(easy_vqa.load("test"))
+    for name, fit in (
+        ("question only", easy_vqa.question_only_baseline),
+        ("majority answer", easy_vqa.majority_baseline),
+    ):
+        expected = easy_vqa.accuracy_by_type(fit(train, test), test.answers)
+        assert baselines[name]["all"] == pytest.approx(expected["all"])
+
+
+def test_arms_start_from_the_same_values_and_differ_in_nothing_else() -> None:
+    none = torch.empty(0)
+    train = demo.Split(easy_vqa.Questions([], [], []), none, none, none, none, torch.randn(50, 400))
+    starts = []
+    for arm in demo.ARMS:
+        torch.manual_seed(0)
+        _, attached = demo.build(arm, demo.Settings(layers=1), train)
+        starts.append({n: p.clone() for n, p in attached.tensors().items()})
+    for start in starts[1:]:
+        assert all(torch.equal(start[name], starts[0][name]) for name in starts[0])
+
+
+def test_a_batch_is_trimmed_to_its_longest_question_and_no_further() -> None:
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    ids = torch.arange(1, 13).view(3, 4) * mask
+    split = demo.Split(
+        easy_vqa.Questions([], [], []), ids, mask, torch.tensor([1, 0, 1]),
+        torch.tensor([4, 5, 6]), torch.tensor([[0.0], [1.0]]),
+    )  # fmt: skip
+    batch = split.batch(torch.tensor([1, 0]))
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [1, 2, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["features"].tolist() == [[0.0], [1.0]] and batch["labels"].tolist() == [5, 4]
+
+
+def test_earlier_results_never_take_each_others_name(tmp_path: Path) -> None:
+    out, kept = tmp_path / "demo", set()
+    for number in range(3):
+        out.mkdir()
+        (out / "report.md").write_text(str(number))
+        os.utime(out, (0, 0))  # all written in the same second
+        earlier = demo.keep_earlier(out)
+        assert earlier is not None
+        kept.add(earlier)
+    assert {(path / "report.md").read_text() for path in kept} == {"0", "1", "2"}
+    assert demo.keep_earlier(out) is None
 
 
 def test_predict_answers_from_the_saved_adapter(
