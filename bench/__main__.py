@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # bench/ is a folder of scripts,
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    scale = commands.add_parser("scale", help="scale of the bottleneck by route (9 minutes, CPU)")
+    scale = commands.add_parser("scale", help="scale of the bottleneck by route (20 minutes, CPU)")
     scale.add_argument("--out", type=Path, default=Path(__file__).parent / "results/scale.json")
     arguments = parser.parse_args()
 

@@ -25,6 +25,7 @@ from fused_route.reference import grouped
 from fused_route.training import demo
 from fused_route.training.features import CACHE_DIR
 from fused_route.training.models import VqaClassifier, load_encoder
+from fused_route.training.task import encoder_directory
 from fused_route.training.vision import load_efficientnet_lite0
 
 
@@ -161,7 +162,7 @@ def line(run: Run) -> list[str]:
 
 def study(runs: list[Run], out: Path) -> None:
     """Trains every run, prints a row for each as it ends, and writes all of them as JSON."""
-    _, tokenizer = load_encoder(demo.encoder_directory(), demo.Settings().layers)
+    _, tokenizer = load_encoder(encoder_directory(), demo.Settings().layers)
     splits = demo.load_splits(load_efficientnet_lite0(), tokenizer, CACHE_DIR)
     print("| " + " | ".join([*COLUMNS, "loss", "test"]) + " |")
     print("|" + " --- |" * (len(COLUMNS) + 2))

@@ -22,6 +22,11 @@ def digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal; of nothing if it does not exist."""
+    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+
+
 def write(
     directory: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],

@@ -1,48 +1,22 @@
-"""The main job on the first images of easy-VQA with the real models, and the command line."""
+"""The main job, small, with the real models; the command line."""
 
 import json
-import os
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from small_demo import ARMS, first, first_images_only
 from test_attach import gpt2
-from torch import Tensor
 
-from fused_route import RoutedConfig, VisualProjector, attach
+from fused_route import RoutedConfig, attach
 from fused_route.training import cli, demo, easy_vqa
-from fused_route.training.models import VqaClassifier, fit_projector, load_encoder
+from fused_route.training.models import VqaClassifier, attach_routing, load_encoder
+from fused_route.training.packages import missing
 from fused_route.training.predict import answer
-from fused_route.training.vision import load_efficientnet_lite0
-
-IMAGES = 60
-ARMS = (demo.Arm("none"), demo.Arm("gram", "unit"), demo.Arm("mul", prefix=True))
-
-
-def first(questions: easy_vqa.Questions) -> easy_vqa.Questions:
-    kept = [i for i, image in enumerate(questions.image_ids) if image < IMAGES]
-    return easy_vqa.Questions(
-        [questions.texts[i] for i in kept],
-        [questions.answers[i] for i in kept],
-        [questions.image_ids[i] for i in kept],
-    )
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> "list[Path]":
-    """Runs the demo for a few steps on few images; [folder of results, cache of features]."""
-    load, paths = easy_vqa.load, easy_vqa.image_paths
-    folder, cache = tmp_path_factory.mktemp("runs") / "demo", tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(easy_vqa, "load", lambda split: first(load(split)))
-        patch.setattr(easy_vqa, "image_paths", lambda split: paths(split)[:IMAGES])
-        settings = demo.Settings(steps=3, batch=16, out=folder, cache=cache)
-        report = demo.run(settings, ARMS)
-        assert report == folder / "report.md"
-        demo.run(replace(settings, steps=2), ARMS[:1])  # again, into the same folder
-    return [folder, cache]
+from fused_route.training.task import encoder_directory
+from fused_route.training.vision import load_efficientnet_lite0, load_image
 
 
 def test_demo_leaves_a_report_and_adapters(small: list[Path]) -> None:
@@ -80,80 +54,6 @@ def test_baselines_are_fitted_on_training_questions(small: list[Path]) -> None:
         assert baselines[name]["all"] == pytest.approx(expected["all"])
 
 
-def test_arms_start_from_the_same_values_and_differ_in_nothing_else() -> None:
-    none = torch.empty(0)
-    train = demo.Split(easy_vqa.Questions([], [], []), none, none, none, none, torch.randn(50, 400))
-    starts = []
-    for arm in demo.ARMS:
-        torch.manual_seed(0)
-        _, attached = demo.build(arm, demo.Settings(layers=1), train)
-        starts.append({n: p.clone() for n, p in attached.tensors().items()})
-    for start in starts[1:]:
-        assert all(torch.equal(start[name], starts[0][name]) for name in starts[0])
-
-
-def test_a_batch_is_trimmed_to_its_longest_question_and_no_further() -> None:
-    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
-    ids = torch.arange(1, 13).view(3, 4) * mask
-    split = demo.Split(
-        easy_vqa.Questions([], [], []), ids, mask, torch.tensor([1, 0, 1]),
-        torch.tensor([4, 5, 6]), torch.tensor([[0.0], [1.0]]),
-    )  # fmt: skip
-    batch = split.batch(torch.tensor([1, 0]))
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [1, 2, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["features"].tolist() == [[0.0], [1.0]] and batch["labels"].tolist() == [5, 4]
-
-
-def test_earlier_results_never_take_each_others_name(tmp_path: Path) -> None:
-    out, kept = tmp_path / "demo", set()
-    for number in range(3):
-        out.mkdir()
-        (out / "report.md").write_text(str(number))
-        os.utime(out, (0, 0))  # all written in the same second
-        earlier = demo.keep_earlier(out)
-        assert earlier is not None
-        kept.add(earlier)
-    assert {(path / "report.md").read_text() for path in kept} == {"0", "1", "2"}
-    assert demo.keep_earlier(out) is None
-
-
-def test_predict_answers_from_the_saved_adapter(
-    small: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    (earlier,) = (p for p in small[0].parent.iterdir() if p != small[0])
-    image, question = easy_vqa.image_paths("test")[0], "what color is the shape?"
-    for arm in ARMS:
-        ranked = answer(earlier / arm.folder, image, question)
-        assert sum(p for _, p in ranked) == pytest.approx(1.0)
-        assert {text for text, _ in ranked} == set(easy_vqa.answer_labels())
-    status = cli.main(
-        [
-            "predict",
-            "--adapter",
-            str(earlier / "none"),
-            "--image",
-            str(image),
-            "--question",
-            "is it?",
-        ]
-    )
-    assert status == 0
-    assert capsys.readouterr().out.split()[0] in easy_vqa.answer_labels()
-
-
-def test_predict_equals_the_trained_model(small: list[Path]) -> None:
-    """What is saved is what was tested: same answers as in results.json."""
-    (earlier,) = (p for p in small[0].parent.iterdir() if p != small[0])
-    record = json.loads((earlier / "results.json").read_text())
-    questions, paths = first(easy_vqa.load("test")), easy_vqa.image_paths("test")
-    for run in record["results"][1:]:
-        folder = earlier / {arm.name: arm.folder for arm in ARMS}[run["name"]]
-        for i in (0, 7):
-            ranked = answer(folder, paths[questions.image_ids[i]], questions.texts[i])
-            assert ranked[0][0] == run["predictions"][i]
-
-
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
     attach(gpt2(), RoutedConfig(["c_attn"])).save(tmp_path / "foreign")
@@ -165,7 +65,9 @@ def foreign(tmp_path: Path) -> Path:
     [
         ({"--image": "nowhere.png"}, "nowhere.png does not exist"),
         ({"--image": __file__}, "is not an image"),
+        ({"--image": ""}, "image is empty"),
         ({"--question": "  "}, "question is empty"),
+        ({"--question": "what color " * 3000}, "tokens; the model takes 512"),
         ({"--adapter": "nowhere"}, "adapter='nowhere' is no directory"),
         ({"--adapter": "foreign"}, "is an adapter for GPT2LMHeadModel; predict runs VqaClassifier"),
         ({"--adapter": "empty"}, "not an adapter checkpoint"),
@@ -190,20 +92,6 @@ def test_predict_refuses_in_one_line(
     assert cli.main(["predict", *(part for item in given.items() for part in item)]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and message in printed.err
-
-
-@pytest.mark.parametrize("name", ["layers", "vision", "encoder"])
-def test_predict_refuses_an_adapter_for_other_models(
-    name: str, small: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for file in (small[0] / "none").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    task = json.loads((tmp_path / "task.json").read_text())
-    (tmp_path / "task.json").write_text(json.dumps({**task, name: 2 if name == "layers" else "x"}))
-    image = str(easy_vqa.image_paths("test")[0])
-    arguments = ["predict", "--adapter", str(tmp_path), "--image", image, "--question", "is it?"]
-    assert cli.main(arguments) == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -231,68 +119,101 @@ def test_demo_refuses_in_one_line(
     assert printed.err.count("\n") == 1 and message in printed.err
 
 
-def test_the_image_reaches_the_answer_only_through_what_an_arm_has() -> None:
-    _, tokenizer = load_encoder(demo.encoder_directory(), 1)
-    tokens = tokenizer(["is there a circle?", "what is it?"], padding=True, return_tensors="pt")
-
-    def scores(arm: demo.Arm, features: Tensor) -> Tensor:
-        torch.manual_seed(0)
-        none = torch.empty(0)
-        features_seen = torch.randn(50, 400)
-        fake = demo.Split(easy_vqa.Questions([], [], []), none, none, none, none, features_seen)
-        model, attached = demo.build(arm, demo.Settings(layers=1), fake)
-        for layer in attached.layers.values():
-            torch.nn.init.normal_(layer.B)
-        return model.eval()(tokens["input_ids"], tokens["attention_mask"], features)["logits"]
-
-    one, other = torch.randn(2, 400), torch.randn(2, 400)
-    for arm in (demo.Arm("none"), demo.Arm("mul"), demo.Arm("none", prefix=True)):
-        sees = arm.route != "none" or arm.prefix
-        assert torch.equal(scores(arm, one), scores(arm, other)) != sees, arm
+def test_predict_answers_from_the_saved_adapter(
+    small: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (earlier,) = (p for p in small[0].parent.iterdir() if p != small[0])
+    image, question = easy_vqa.image_paths("test")[0], "what color is the shape?"
+    for arm in ARMS:
+        ranked = answer(earlier / arm.folder, image, question)
+        assert sum(p for _, p in ranked) == pytest.approx(1.0)
+        assert {text for text, _ in ranked} == set(easy_vqa.answer_labels())
+    adapter = str(earlier / ARMS[-1].folder)
+    given = ["--adapter", adapter, "--image", str(image), "--question", question]
+    assert cli.main(["predict", *given]) == 0
+    assert capsys.readouterr().out.split()[0] == ranked[0][0]
 
 
-def test_projector_is_fitted_to_mean_zero_and_mean_square_one() -> None:
-    features = torch.randn(500, 20) * torch.linspace(0.1, 3, 20) + 5
-    projector = VisualProjector(20, {8})
-    fit_projector(projector, features)
-    projected = projector(features)[8]
-    torch.testing.assert_close(projected.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
-    assert projected.square().mean().item() == pytest.approx(1.0, rel=1e-4)
-    covariance = projected.T @ projected / 500
-    off = covariance - covariance.diag().diag()
-    assert off.abs().max() < 1e-3 and (covariance.diag().diff() <= 1e-4).all()
-
-
-def test_padding_does_not_change_a_prediction() -> None:
-    encoder, tokenizer = load_encoder(demo.encoder_directory(), 2)
-    model = VqaClassifier(encoder, 5).eval()
-    short = tokenizer(["what is it?"], return_tensors="pt")
-    padded = tokenizer(["what is it?"], return_tensors="pt", padding="max_length", max_length=20)
-    features = torch.randn(1, 10)
-    one, other = (
-        model(t["input_ids"], t["attention_mask"], features)["logits"] for t in (short, padded)
-    )
-    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-
-
-def test_mul_learns_what_none_cannot(small: list[Path]) -> None:
-    """On 60 images, 120 steps: routing fits training answers that the text alone cannot."""
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.folder)
+def test_predict_equals_the_trained_model(arm: demo.Arm, small: list[Path]) -> None:
+    """Loaded by hand, the model gives predict's probabilities; its answers are the report's."""
+    (earlier,) = (p for p in small[0].parent.iterdir() if p != small[0])
+    questions, paths = first(easy_vqa.load("test")), easy_vqa.image_paths("test")
+    image, question = paths[questions.image_ids[7]], questions.texts[7]
+    encoder, tokenizer = load_encoder(encoder_directory(), demo.Settings().layers)
+    model = VqaClassifier(encoder, 13, prefix=arm.prefix)
+    attach_routing(model, earlier / arm.folder)
     tower = load_efficientnet_lite0()
-    _, tokenizer = load_encoder(demo.encoder_directory(), 1)
-    load, paths = easy_vqa.load, easy_vqa.image_paths
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(easy_vqa, "load", lambda split: first(load(split)))
-        patch.setattr(easy_vqa, "image_paths", lambda split: paths(split)[:IMAGES])
-        train, test = demo.load_splits(tower, tokenizer, small[1])
-    settings = demo.Settings(steps=120, batch=32, layers=1, out=small[0])
-    fitted = {}
-    for route in ("none", "mul"):
-        torch.manual_seed(0)
-        model, _ = demo.build(demo.Arm(route), settings, train)
-        demo.fit(model, train, test, settings, seed=0)
-        every = torch.arange(len(train))
-        right = demo.predict(model, train, every) == train.labels
-        fitted[route] = float(right.float().mean())
-    prior = easy_vqa.question_only_baseline(train.questions, train.questions)
-    ceiling = easy_vqa.accuracy_by_type(prior, train.questions.answers)["all"]
-    assert fitted["none"] <= ceiling < fitted["mul"]
+    features = tower.encode(tower.transform(load_image(image)).unsqueeze(0))
+    tokens = tokenizer([question], return_tensors="pt")
+    with torch.no_grad():
+        scores = model.eval()(tokens["input_ids"], tokens["attention_mask"], features)["logits"]
+    expected = dict(zip(easy_vqa.answer_labels(), scores.softmax(-1)[0].tolist(), strict=True))
+    found = answer(earlier / arm.folder, image, question)
+    assert dict(found) == pytest.approx(expected, abs=1e-6)
+    record = json.loads((earlier / "results.json").read_text())
+    (run,) = (run for run in record["results"] if run["name"] == arm.name)
+    assert found[0][0] == run["predictions"][7]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layers", 2),
+        ("layers", True),
+        ("vision", "another tower"),
+        ("encoder", "another model"),
+        ("answers", 13),
+        ("answers", "yesno"),
+        ("answers", [1, 2]),
+        ("prefix", "no"),
+        ("adapter", "of another arm"),
+        ("surplus", 1),
+    ],
+)
+def test_predict_refuses_a_task_that_does_not_fit(
+    name: str, value: object, small: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (small[0] / "none").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    task = json.loads((tmp_path / "task.json").read_text())
+    (tmp_path / "task.json").write_text(json.dumps({**task, name: value}))
+    image = str(easy_vqa.image_paths("test")[0])
+    arguments = ["predict", "--adapter", str(tmp_path), "--image", image, "--question", "is it?"]
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_what_was_there(
+    small: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, run_arm = [], demo.run_arm
+
+    def interrupted(arm: demo.Arm, *rest: Any) -> Any:
+        calls.append(arm)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run_arm(arm, *rest)
+
+    monkeypatch.setattr(demo, "run_arm", interrupted)
+    out = tmp_path / "demo"
+    settings = demo.Settings(steps=1, batch=8, layers=1, out=out, cache=small[1])
+    with first_images_only(), pytest.raises(KeyboardInterrupt):
+        demo.run(settings, ARMS)
+    record = json.loads((out / "results.json").read_text())
+    assert [run["name"] for run in record["results"]] == [ARMS[0].name]
+    calls[:] = [ARMS[0]]  # now interrupted before its first arm is trained
+    with first_images_only(), pytest.raises(KeyboardInterrupt):
+        demo.run(settings, ARMS)
+    assert (out / ARMS[0].folder / "task.json").is_file() and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        demo.Settings(out=tmp_path)
+
+
+def test_a_missing_package_is_named_with_its_command() -> None:
+    assert "--require-hashes -r" in str(missing("easy_vqa"))
+    assert str(missing("timm.data")).endswith("pip install 'fused-route[demo]'")

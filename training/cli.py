@@ -9,18 +9,12 @@ import fused_route
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; bad input is one line on standard error and exit status 2."""
+    """Runs a subcommand; what cannot be used is one line on standard error and exit status 2."""
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except ValueError as error:
-        print(f"fused-route: error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        missing = f"the package {error.name} is missing"
-        print(
-            f'fused-route: error: {missing}; run `pip install "fused-route[demo]"`', file=sys.stderr
-        )
+    except (ValueError, ImportError, OSError) as error:
+        print(f"fused-route: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fused-route: interrupted", file=sys.stderr)
@@ -53,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser("predict", help="answer a question about an image")
     predict.add_argument("--adapter", type=Path, required=True, help="folder such as runs/demo/mul")
-    predict.add_argument("--image", type=Path, required=True, help="image file")
+    predict.add_argument("--image", required=True, help="image file")
     predict.add_argument("--question", required=True, help='such as "what color is the shape?"')
     predict.set_defaults(run=_predict)
     return parser

