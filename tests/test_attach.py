@@ -10,14 +10,12 @@ from transformers import BartConfig, BartModel, BertConfig, BertModel, GPT2Confi
 
 from fused_route import (
     Attached,
-    Route,
     RoutedAdapter,
     RoutedConfig,
     RoutedLinear,
     RoutingContext,
     VisualProjector,
     attach,
-    shift,
 )
 
 QUERY_VALUE = r".*attention\.self\.(query|value)"
@@ -328,149 +326,3 @@ def test_projector_follows_the_model() -> None:
     attached.detach()
     same = attach(model, RoutedConfig(["query"], visual_width=8))
     assert same.projector is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "names"),
-    [
-        ({"target_modules": ["lin"]}, ["a.lin", "b.0.lin", "b.1.lin"]),  # not "a.inlin"
-        ({"target_modules": "a.lin"}, ["a.lin"]),  # all of the name: not "a.lin2"
-        ({"target_modules": {"lin2", "lin"}, "layers_to_transform": 1}, ["b.1.lin"]),
-        (
-            {"target_modules": ["lin"], "layers_to_transform": [0], "layers_pattern": ["b"]},
-            ["b.0.lin"],
-        ),
-    ],
-)
-def test_names_and_layers_match_as_documented(arguments: dict[str, Any], names: list[str]) -> None:
-    def block() -> nn.ModuleDict:
-        return nn.ModuleDict({"lin": nn.Linear(4, 4)})
-
-    a = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("lin", "inlin", "lin2")})
-    b = [block(), block()]
-    model = nn.ModuleDict({"a": a, "b": nn.ModuleList(b)})
-    if arguments.get("layers_to_transform") == 1:
-        b[1]["lin2"] = nn.Linear(4, 4)
-        names = [*names, "b.1.lin2"]
-    assert sorted(attach(model, RoutedConfig(**arguments)).layers) == names
-
-
-class Opaque(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class Nested(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.outer = nn.Linear(8, 8)
-        self.outer.inner = nn.Linear(8, 8)
-
-
-class Taken(nn.Module):
-    visual_projector = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outer = nn.Linear(8, 8)
-
-
-def attached_twice() -> None:
-    model = bert()
-    attach(model, RoutedConfig(["query"]))
-    attach(model, RoutedConfig(["value"]))
-
-
-REFUSED: dict[str, tuple[Any, str]] = {
-    "no match": (lambda: attach(bert(), RoutedConfig(["q_proj"])), "linear layers end in: dense"),
-    "no such layer": (
-        lambda: attach(bert(), RoutedConfig(["query"], layers_to_transform=(1, 9))),
-        r"layers_to_transform=\[9\]: no target",
-    ),
-    "no regex": (lambda: attach(bert(), RoutedConfig("(query")), "no regular expression"),
-    "not linear": (
-        lambda: attach(nn.Sequential(Opaque()), RoutedConfig(["0"])),
-        "target 0: base=Opaque does not tell its widths",
-    ),
-    "twice": (attached_twice, "has a routed layer already"),
-    "saved is target": (
-        lambda: attach(bert(), RoutedConfig(["query"], modules_to_save=("encoder",))),
-        "modules_to_save has encoder",
-    ),
-    "saved missing": (
-        lambda: attach(bert(), RoutedConfig(["query"], modules_to_save=("classifier",))),
-        "no module is called classifier",
-    ),
-    "one of several": (
-        lambda: attach(bert(), RoutedConfig(["query", "vale"])), "nothing is called vale"
-    ),
-    "nested": (
-        lambda: attach(Nested(), RoutedConfig(["outer", "inner"])), "outer.inner inside outer"
-    ),
-    "attention": (
-        lambda: attach(Encoder(), RoutedConfig(["out_proj"])), "reads its weight and never calls"
-    ),
-    "sequential": (
-        lambda: attach(nn.Sequential(nn.Linear(8, 8)), RoutedConfig(["0"], visual_width=5)),
-        "the projector would become one of its layers",
-    ),
-    "taken": (
-        lambda: attach(Taken(), RoutedConfig(["outer"], visual_width=5)), "has an attribute"
-    ),
-    "torch decoder": (
-        lambda: attach(
-            nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 12), 1),
-            RoutedConfig(["linear1"], route="self_gram"),
-        ),
-        "part of a decoder",
-    ),
-    "model": (lambda: attach(None, RoutedConfig(["q"])), "model must be a torch module"),  # type: ignore[arg-type]
-    "config": (lambda: attach(bert(), None), "config must be a RoutedConfig"),  # type: ignore[arg-type]
-    "context": (lambda: attach(bert(), RoutedConfig(["query"]), 3), "context must be"),  # type: ignore[arg-type]
-    "r": (lambda: RoutedConfig(["q"], r=8.5), "r must be a whole number"),  # type: ignore[arg-type]
-    "dropout": (lambda: RoutedConfig(["q"], dropout=1.0), r"dropout must be in \[0, 1\)"),
-    "saved str": (lambda: RoutedConfig(["q"], modules_to_save="head"), "sequence of names"),
-    "bool": (lambda: RoutedConfig(["q"], host="adapter", bias="none"), "must be True or False"),  # type: ignore[arg-type]
-    "width": (lambda: RoutedConfig(["q"], visual_width=0), "visual_width must be a whole"),
-    "layers": (lambda: RoutedConfig(["q"], layers_to_transform=("x",)), "whole number"),  # type: ignore[arg-type]
-    "own route": (
-        lambda: RoutedConfig(["q"], route=Route("unregistered", shift)), "register 'unregistered'"  # type: ignore[arg-type]
-    ),
-    "no targets": (lambda: RoutedConfig([]), "target_modules is empty"),
-    "host": (lambda: RoutedConfig(["q"], host="prefix"), "host must be one of lora, adapter"),
-    "rank": (lambda: RoutedConfig(["q"], r=0), "r must be a whole number of at least 1"),
-    "route": (lambda: RoutedConfig(["q"], route="x"), "route must be one of"),
-    "alpha": (lambda: RoutedConfig(["q"], host="adapter", alpha=1.0), "alpha has no meaning"),
-    "residual": (lambda: RoutedConfig(["q"], residual=False), "residual has no meaning"),
-    "pattern": (lambda: RoutedConfig(["q"], layers_pattern="h"), "without layers_to_transform"),
-    "projector": (lambda: RoutedConfig(["q"], projector="none"), "projector must be one of"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_bad_input_is_named(what: str) -> None:
-    call, message = REFUSED[what]
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_a_refused_attach_leaves_the_model_as_it_was() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), Opaque())
-    keys = list(model.state_dict())
-    with pytest.raises(ValueError, match="Opaque"):
-        attach(model, RoutedConfig(["0", "1"]))
-    assert list(model.state_dict()) == keys and model[0].weight.requires_grad
-
-
-def test_errors_name_the_layer() -> None:
-    attached = attach(bert(), RoutedConfig(["query"]))
-    with pytest.raises(ValueError, match=r"layer\.0\.attention\.self\.query has no routing"):
-        attached.model(IDS)
-
-
-def test_a_context_of_ones_own_is_used() -> None:
-    context = RoutingContext()
-    attached = attach(bert(), RoutedConfig(["query"]), context)
-    assert attached.context is context
-    context.set(torch.randn(2, 8))
-    attached.model(IDS)
