@@ -217,3 +217,17 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 def test_a_missing_package_is_named_with_its_command() -> None:
     assert "--require-hashes -r" in str(missing("easy_vqa"))
     assert str(missing("timm.data")).endswith("pip install 'fused-route[demo]'")
+
+
+def test_several_seeds_give_a_mean_and_a_spread(small: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "full"
+    settings = demo.Settings(steps=1, batch=8, layers=1, seeds=2, out=out, cache=small[1])
+    with first_images_only():
+        report = demo.run(settings, ARMS[:2]).read_text()
+    assert "±" in report and (out / "none-seed1" / "task.json").is_file()
+    record = json.loads((out / "results.json").read_text())
+    assert [(run["name"], run["seed"]) for run in record["results"]] == [
+        ("none", 0), ("none", 1), ("gram (unit)", 0), ("gram (unit)", 1),
+    ]  # fmt: skip
+    by_seed = [run["accuracy"]["all"] for run in record["results"][:2]]
+    assert record["arms"][0]["mean"]["all"] == pytest.approx(sum(by_seed) / 2)
