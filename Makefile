@@ -12,7 +12,7 @@ SLOW_BUDGET := 1800
 .PHONY: help setup demo demo-full test test-all lint types clean
 
 help:
-	@echo "make demo       compare routes on real images, questions and weights (about 8 minutes)"
+	@echo "make demo       compare routes on real images, questions and weights (about 9 minutes)"
 	@echo "make demo-full  the same, longer and with 3 seeds"
 	@echo "make test       lint, types, tests"
 	@echo "make test-all   the slow tests too"
