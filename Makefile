@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 LINT_BUDGET := 60
 TYPES_BUDGET := 240
 TEST_BUDGET := 600
+INTERPRET_BUDGET := 420
+COMPILE_BUDGET := 420
 SLOW_BUDGET := 1800
 
 .PHONY: help setup demo demo-full test test-all lint types clean
@@ -38,11 +40,16 @@ lint: $(READY)
 types: $(READY)
 	timeout $(TYPES_BUDGET) $(BIN)/mypy
 
+# Three kinds of process: Triton interprets kernels, or compiles them, or neither.
 test: lint types
-	timeout $(TEST_BUDGET) $(BIN)/pytest --durations=5
+	timeout $(TEST_BUDGET) $(BIN)/pytest -n 2 --durations=5
+	TRITON_INTERPRET=1 timeout $(INTERPRET_BUDGET) $(BIN)/pytest -n 2 --durations=5 -m 'interpret and not slow'
+	timeout $(COMPILE_BUDGET) $(BIN)/pytest --durations=5 -m 'compile and not slow'
 
 test-all: lint types
-	timeout $(SLOW_BUDGET) $(BIN)/pytest --durations=10 -m ""
+	timeout $(SLOW_BUDGET) $(BIN)/pytest --durations=10 -m 'not interpret and not compile'
+	TRITON_INTERPRET=1 timeout $(SLOW_BUDGET) $(BIN)/pytest -n 2 --durations=10 -m interpret
+	timeout $(SLOW_BUDGET) $(BIN)/pytest --durations=10 -m compile
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -1,22 +1,83 @@
-"""What every test starts from: a fixed seed, one thread, no network."""
+"""What every test starts from: a fixed seed, one thread, no network, its own kind of process."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 torch.set_num_threads(1)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what this process cannot run: Triton interprets or compiles, for all kernels."""
+    foreign = "compile" if INTERPRETED else "interpret"
+    left_out = [item for item in items if item.get_closest_marker(foreign)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def repaired_interpreter() -> None:
+    if INTERPRETED:
+        from interpreter import repair_bfloat16
+
+        repair_bfloat16()
 
 
 @pytest.fixture(autouse=True)
 def seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory is full of NaN, or of the largest integer: what nobody wrote shows."""
+
+    def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poison(*args: Any, **kwargs: Any) -> Tensor:
+            made = make(*args, **kwargs)
+            with torch.no_grad():
+                if made.is_floating_point() or made.is_complex():
+                    return made.fill_(float("nan"))
+                return made.fill_(True if made.dtype == torch.bool else torch.iinfo(made.dtype).max)
+
+        return poison
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+@pytest.fixture
+def unpoisoned() -> None:
+    """For tests of compilers, which would trace what torch.empty is replaced by."""
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Around interpreted kernels: unwritten memory is loud, arithmetic silent as in hardware."""
+    if not request.node.get_closest_marker("interpret"):
+        yield
+        return
+    if "unpoisoned" not in request.fixturenames:
+        request.getfixturevalue("poisoned")
+    with np.errstate(all="ignore"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,37 @@
+"""Kernels for the tests of the tools in bench/: each does one thing that a tool must see."""
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads annotations of kernels itself and knows none for tiles.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(x, w, bias, y, M, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """y (M, N) = x (M, K) wᵀ + bias, BM rows a program: matrix instructions and wide loads."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns, inner = tl.arange(0, N), tl.arange(0, BK)
+    inside = (rows < M)[:, None]
+    total = tl.zeros((BM, N), tl.float32)
+    for k in range(0, K, BK):
+        a = tl.load(x + rows[:, None] * K + (k + inner)[None, :], mask=inside, other=0.0)
+        b = tl.load(w + columns[None, :] * K + (k + inner)[:, None])
+        total = tl.dot(a, b, total)
+    if bias is not None:
+        total += tl.load(bias + columns)[None, :]
+    tl.store(y + rows[:, None] * N + columns[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_up(x, y, M, BLOCK: tl.constexpr):
+    """y (BLOCK,) += x (M,), block by block: an atomic."""
+    column = tl.arange(0, BLOCK)
+    row = tl.program_id(0) * BLOCK + column
+    tl.atomic_add(y + column, tl.load(x + row, mask=row < M, other=0.0), sem="relaxed")
+
+
+@triton.jit
+def every_other(x, y, M, BLOCK: tl.constexpr):
+    """y (M,) = x[::2]: narrow loads."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + row, tl.load(x + 2 * row, mask=row < M), mask=row < M)
