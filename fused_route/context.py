@@ -21,8 +21,9 @@ class RoutingInput:
         sample_index: (M,) integers, for packed sequences: the sample that each of the M rows of
             x_h belongs to, non-decreasing; −1 marks padding rows, which pass unrouted (z = x_t).
 
-    `offsets` (B + 1,) follows from sample_index: the rows of sample b lie in
-    offsets[b]:offsets[b + 1].
+    From sample_index follow `offsets` (B + 1,): the rows of sample b, and the padding after them
+    (before the first sample too), lie in offsets[b]:offsets[b + 1]; `longest`, the most rows of a
+    sample; and `row_sample` (M,) int32: the sample b of a row, or −1 − b for padding.
 
     Raises:
         ValueError: shapes or values other than these.
@@ -32,6 +33,8 @@ class RoutingInput:
     mask: Tensor | None = None
     sample_index: Tensor | None = None
     offsets: Tensor | None = field(init=False, default=None)
+    row_sample: Tensor | None = field(init=False, default=None)
+    longest: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         if not isinstance(self.x_r, Tensor) or not self.x_r.is_floating_point():
@@ -53,7 +56,7 @@ class RoutingInput:
             x_r = self.x_r.masked_fill(~self.mask.unsqueeze(-1), 0.0)
             object.__setattr__(self, "x_r", x_r)
         if self.sample_index is not None:
-            object.__setattr__(self, "offsets", self._offsets(self.sample_index))
+            self._find_rows(self.sample_index)
 
     def _check_mask(self, mask: Tensor) -> None:
         if mask.dtype != torch.bool or mask.shape != self.x_r.shape[:2]:
@@ -62,7 +65,7 @@ class RoutingInput:
                 f"got {mask.dtype} {tuple(mask.shape)}"
             )
 
-    def _offsets(self, sample_index: Tensor) -> Tensor:
+    def _find_rows(self, sample_index: Tensor) -> None:
         if sample_index.dim() != 1 or sample_index.dtype not in INDEX_DTYPES:
             raise ValueError(
                 f"sample_index must be integers (M,), got {sample_index.dtype} "
@@ -70,18 +73,21 @@ class RoutingInput:
             )
         B = self.x_r.shape[0]
         samples = torch.arange(B + 1, device=sample_index.device)
-        if sample_index.numel() == 0:
-            return torch.zeros_like(samples)
         latest = sample_index.long().cummax(0).values  # padding belongs to the sample before it
         decreasing = ((sample_index < latest) & (sample_index != -1)).any()
-        outside = (sample_index < -1).any() | (latest[-1] >= B)
+        outside = (sample_index < -1).any() | (latest[-1:] >= B).any()
         if bool(decreasing | outside):
             raise ValueError(
                 f"sample_index must be non-decreasing, from 0 to B − 1 = {B - 1}, or −1 for "
                 f"padding rows; got values from {int(sample_index.min())} to "
                 f"{int(sample_index.max())}, {'not ' if decreasing else ''}in order"
             )
-        return torch.searchsorted(latest, samples)
+        latest = latest.clamp_min(0)
+        offsets = torch.searchsorted(latest, samples)
+        row_sample = torch.where(sample_index < 0, -1 - latest, latest).int()
+        object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "row_sample", row_sample)
+        object.__setattr__(self, "longest", int(offsets.diff().max()) if B else 0)
 
     @property
     def batch_size(self) -> int:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_segments
 from .checks import finite, one_of, probability, whole
 from .context import RoutingContext
-from .functional import IMPLS, Impl, check_segments, routed_adapter, routed_linear
+from .functional import IMPLS, Impl, routed_adapter, routed_linear
 from .reference import ACTIVATIONS
 from .routes import Route
 from .routing import Routing, as_routing
@@ -29,6 +30,7 @@ class Bottleneck(nn.Module):
         route: str | Route | Routing,
         dropout: float,
         context: RoutingContext | None,
+        recompute: bool,
         impl: Impl,
     ) -> None:
         super().__init__()
@@ -40,6 +42,7 @@ class Bottleneck(nn.Module):
         self.routing = as_routing(route)
         self.dropout = probability("dropout", dropout)
         self.context = RoutingContext() if context is None else context
+        self.recompute = recompute
         self.impl: Impl = impl
         self.label = type(self).__name__
         self._is_empty = False
@@ -86,6 +89,7 @@ class Bottleneck(nn.Module):
             "x_r": self.context.get(self.d, self.label) if takes_image else None,
             "route": self.routing,
             "dropout": self.dropout if self.training else 0.0,
+            "recompute": self.recompute,
             "impl": self.impl,
         }
 
@@ -123,12 +127,33 @@ def base_features(
     return told
 
 
+def plain_base(base: object) -> tuple[Tensor | None, Tensor | None]:
+    """(weight (of·n, d), bias) of a base that is F.linear of them and nothing else; else Nones.
+
+    Subclasses (quantised layers are some), hooks and tensors that are not torch's own (shards) mean
+    that the base must be called.
+    """
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    is_conv1d = pytorch_utils is not None and type(base) is pytorch_utils.Conv1D
+    if not is_conv1d and type(base) is not nn.Linear:
+        return None, None
+    assert isinstance(base, nn.Module)
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks)
+    weight, bias = base.weight, base.bias
+    is_plain = type(weight) in (nn.Parameter, Tensor) and "forward" not in vars(base)
+    if any(hooks) or base._backward_pre_hooks or not is_plain:
+        return None, None
+    assert isinstance(weight, Tensor) and isinstance(bias, (Tensor, type(None)))
+    return (weight.T if is_conv1d else weight), bias
+
+
 class RoutedLinear(Bottleneck):
     """A linear layer with routed LoRA: y = base(x_h) + (alpha/r) · φ(x_h Aᵀ, x_r Aᵀ) Bᵀ.
 
     Args:
-        base: nn.Linear, Hugging Face Conv1D, or any callable from (…, d) to (…, of·n); it is kept
-            and called, never re-implemented.
+        base: nn.Linear, Hugging Face Conv1D, or any callable from (…, d) to (…, of·n); it is kept.
+            Where it is a frozen nn.Linear or Conv1D without hooks, its product is part of the
+            kernels' operation, which then adds to it in place; any other base is called.
         rank: r, per adapted segment.
         alpha: scale of the update, s = alpha / r; None: alpha = r.
         route: a name in `ROUTES`, a `Route` or a `Routing`.
@@ -138,6 +163,8 @@ class RoutedLinear(Bottleneck):
         context: holds the routing input; shared among layers. None: one of its own.
         in_features, out_features: for a base that does not tell.
         device, dtype: of A and B; None: those of the base's weight.
+        recompute: the kernels compute x_t anew in the backward pass instead of saving it.
+        impl: "auto", "reference" or "triton", as in `routed_linear`.
 
     Shapes: (B, …, d) to (B, …, of·n). Parameters: A (g·r, d), B (g·n, r).
 
@@ -160,12 +187,13 @@ class RoutedLinear(Bottleneck):
         out_features: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        recompute: bool = False,
         impl: Impl = "auto",
     ) -> None:
         if not callable(base):
             raise ValueError(f"base must be callable, got {type(base).__name__}")
         in_features, out_features = base_features(base, in_features, out_features)
-        super().__init__(in_features, rank, route, dropout, context, impl)
+        super().__init__(in_features, rank, route, dropout, context, recompute, impl)
         check_segments(adapted, of, out_features)
         self.base = base
         self.in_features, self.out_features = in_features, out_features
@@ -188,11 +216,14 @@ class RoutedLinear(Bottleneck):
         return self.base.bias  # type: ignore[attr-defined]
 
     def forward(self, x_h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight, bias = (None, None) if args or kwargs else plain_base(self.base)
         return routed_linear(
             x_h,
             self.A,
             self.B,
-            base_out=self.base(x_h, *args, **kwargs),
+            weight=weight,
+            bias=bias,
+            base_out=self.base(x_h, *args, **kwargs) if weight is None else None,
             s=self.alpha / self.rank,
             adapted=self.adapted,
             of=self.of,
@@ -209,7 +240,7 @@ class RoutedAdapter(Bottleneck):
 
     Args:
         d: width of the hidden states.
-        rank, route, dropout, context, device, dtype: as in `RoutedLinear`.
+        rank, route, dropout, context, device, dtype, recompute, impl: as in `RoutedLinear`.
         activation: none, relu, gelu, gelu_tanh or silu.
         bias: whether there are b_A and b_B.
         residual: whether x_h is added.
@@ -234,9 +265,10 @@ class RoutedAdapter(Bottleneck):
         context: RoutingContext | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        recompute: bool = False,
         impl: Impl = "auto",
     ) -> None:
-        super().__init__(d, rank, route, dropout, context, impl)
+        super().__init__(d, rank, route, dropout, context, recompute, impl)
         one_of("activation", activation, ACTIVATIONS)
         self.activation, self.residual = activation, residual
         kind = weight_kind(None, device, dtype)

@@ -113,7 +113,7 @@ def unpacked(rows: Tensor, routing_input: RoutingInput) -> tuple[Tensor, Tensor,
     sample = sample_index.long().clamp_min(0)
     position = torch.arange(rows.shape[0], device=rows.device) - offsets[sample]
     position = position.masked_fill(is_padding, 0)
-    longest = max(int(offsets.diff().max()), 1)
+    longest = max(routing_input.longest, 1)
     padded = rows.new_zeros(routing_input.batch_size, longest, rows.shape[-1])
     valid = ~is_padding
     return padded.index_put((sample[valid], position[valid]), rows[valid]), sample, position

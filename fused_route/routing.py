@@ -6,6 +6,7 @@ Shapes: x_t (B, G, T, C) and x_v (B, G, Nv, C); with segments "per_group" G = g 
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -211,4 +212,14 @@ class Routing:
 
 def as_routing(route: str | Route | Routing) -> Routing:
     """`Routing` of a name or route in the default modes; a `Routing` as it is."""
-    return route if isinstance(route, Routing) else Routing(route)
+    if isinstance(route, Routing):
+        return route
+    if not isinstance(route, Route):
+        one_of("route", route, ROUTES)
+        route = ROUTES[route]
+    return _in_default_modes(route)
+
+
+@cache
+def _in_default_modes(route: Route) -> Routing:
+    return Routing(route)

@@ -1,0 +1,112 @@
+"""Checks of the tensors of a call against each other: each names the argument that does not fit."""
+
+import torch
+from torch import Tensor
+
+from .checks import whole
+from .context import RoutingInput
+from .routing import Routing
+
+
+def check_segments(adapted: tuple[int, ...], of: int, width: int) -> None:
+    """The adapted segments exist, once each, and divide the output evenly; else a ValueError."""
+    whole("of", of)
+    if width % of:
+        raise ValueError(f"of={of} does not divide the base's {width} output columns")
+    known = range(of)
+    if not adapted or len(set(adapted)) < len(adapted) or any(i not in known for i in adapted):
+        raise ValueError(f"adapted={adapted} must be distinct segments from 0 to {of - 1}")
+
+
+def check_base(
+    x_h: Tensor, weight: Tensor | None, bias: Tensor | None, base_out: Tensor | None
+) -> int:
+    """The base's output columns."""
+    if weight is not None:
+        if weight.dim() != 2 or weight.shape[1] != x_h.shape[-1]:
+            raise ValueError(
+                f"weight must be (of·n, d) with d = {x_h.shape[-1]}, got {tuple(weight.shape)}"
+            )
+        check_bias("bias", bias, weight.shape[0])
+        return weight.shape[0]
+    assert base_out is not None
+    if base_out.shape[:-1] != x_h.shape[:-1] or base_out.device != x_h.device:
+        raise ValueError(
+            f"base_out must be {(*x_h.shape[:-1], 'of·n')} on {x_h.device}, got "
+            f"{tuple(base_out.shape)} on {base_out.device}"
+        )
+    return base_out.shape[-1]
+
+
+def as_routing_input(x_r: Tensor | RoutingInput | None, routing: Routing) -> RoutingInput | None:
+    """The routing input; None for a route that takes none."""
+    if routing.route.takes == "nothing":
+        return None
+    if x_r is None:
+        raise ValueError(f"x_r is missing: route {routing.route.name!r} needs a routing input")
+    return x_r if isinstance(x_r, RoutingInput) else RoutingInput(x_r)
+
+
+def check_routing_input(x_h: Tensor, given: RoutingInput | None, routing: Routing) -> None:
+    """The routing input fits x_h; else a ValueError."""
+    if given is None:
+        return
+    if given.width != x_h.shape[-1]:
+        raise ValueError(f"x_r has width {given.width}, x_h has {x_h.shape[-1]}; both meet A")
+    if given.x_r.device != x_h.device:
+        raise ValueError(f"x_r is on {given.x_r.device}, x_h on {x_h.device}")
+    if given.sample_index is not None:
+        _check_packing(x_h, given, given.sample_index, routing)
+    elif given.batch_size != x_h.shape[0]:
+        raise ValueError(
+            f"x_r is for a batch of {given.batch_size}, x_h is a batch of {x_h.shape[0]}; nothing "
+            "is broadcast (for beams: RoutingInput(x_r).repeated(beams))"
+        )
+
+
+def _check_packing(
+    x_h: Tensor, given: RoutingInput, sample_index: Tensor, routing: Routing
+) -> None:
+    rows = x_h.shape[:-1].numel()
+    if sample_index.numel() != rows:
+        raise ValueError(f"sample_index is for {sample_index.numel()} rows, x_h has {rows}")
+    if routing.transpose == "eccv24" and (given.x_r.shape[1] > 1 or routing.route.scores == "text"):
+        raise ValueError(
+            "sample_index with transpose='eccv24': the published code pairs and reshapes padded "
+            "batches, which packed sequences are not; use transpose='exact'"
+        )
+
+
+def check_tensors(x_h: Tensor, **others: Tensor | None) -> None:
+    """Tensors of one device, and of one dtype unless autocast converts them; else a ValueError."""
+    if not isinstance(x_h, Tensor) or x_h.dim() < 2:
+        given = tuple(x_h.shape) if isinstance(x_h, Tensor) else type(x_h).__name__
+        raise ValueError(f"x_h must be a tensor (B, …, d), got {given}")
+    converts = torch.is_autocast_enabled(x_h.device.type)
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != x_h.device:
+            raise ValueError(f"{name} is on {tensor.device}, x_h is on {x_h.device}")
+        if tensor.dtype != x_h.dtype and not converts:
+            raise ValueError(
+                f"{name} is {tensor.dtype}, x_h is {x_h.dtype}: convert one, or run under "
+                "torch.autocast"
+            )
+
+
+def check_matrices(A: Tensor, B: Tensor, d: int, n: int, g: int) -> None:
+    if A.dim() != 2 or A.shape[1] != d or A.shape[0] == 0 or A.shape[0] % g:
+        raise ValueError(
+            f"A must be (R, d) with d = {d} and R a positive multiple of {g} adapted segments, "
+            f"got {tuple(A.shape)}"
+        )
+    if B.shape != (g * n, A.shape[0] // g):
+        raise ValueError(f"B must be (g·n, r) = {(g * n, A.shape[0] // g)}, got {tuple(B.shape)}")
+
+
+def check_bias(name: str, bias: Tensor | None, length: int) -> None:
+    if bias is not None and bias.shape != (length,):
+        raise ValueError(f"{name} must be ({length},), got {tuple(bias.shape)}")

@@ -1,0 +1,217 @@
+"""Two doors to `ops`: an autograd.Function for eager calls, torch operators for everything else.
+
+Calling an operator costs the host as much as the kernels save at small sizes, so eager code goes
+through the Function; torch.compile, export and opcheck see `fused_route::forward` and
+`fused_route::backward`. Both give the same bits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .fusion import Fusion
+from .ops import Inputs
+from .plan import Plan, Wanted
+
+# The first eight of `Inputs` have gradients, in the order of `Wanted`; that of base_out is dy.
+BASE_OUT = 10
+# Names of the inputs that kernels read; weight and bias only meet torch's own products.
+READ = tuple(None if name in ("weight", "bias") else name for name in Inputs._fields)
+
+
+def all_readable(t: Inputs) -> Inputs:
+    """The same with everything that kernels read contiguous and aligned: all but weight, bias."""
+    changed = {
+        name: readable(tensor)
+        for name, tensor in zip(READ, t, strict=False)
+        if tensor is not None and name is not None and not is_readable(tensor)
+    }
+    return t._replace(**changed) if changed else t
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a tensor is contiguous, at an address that loads of 16 bytes take."""
+    return tensor.is_contiguous() and not tensor.data_ptr() & 15
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is not readable."""
+    if is_readable(tensor):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def kept_for_backward(
+    t: Inputs, x_t: Tensor | None, x_v: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What backward reads: the inputs but for bias and base_out, then x_t and x_v."""
+    return (*t[:9], None, None, *t[11:], x_t, x_v)
+
+
+class Routed(torch.autograd.Function):
+    """y (…, of·N) of `Inputs`; differentiable once, in each of the first eight and base_out."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, longest: int, *tensors: Tensor | None) -> Tensor:
+        t = all_readable(Inputs(*tensors))  # type: ignore[arg-type]
+        wants_x_t = plan.f.x_t == "saved" and any(ctx.needs_input_grad[2:10])
+        y, x_t, x_v = ops.forward(plan, t, longest, wants_x_t)
+        ctx.plan, ctx.longest = plan, longest
+        ctx.save_for_backward(*kept_for_backward(t, x_t, x_v))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # once_differentiable would leave a gap where dy has no graph
+            raise RuntimeError(
+                "the kernels are differentiable once, and create_graph=True asks for a graph of "
+                "their gradients: use impl='reference' for second derivatives"
+            )
+        *tensors, x_t, x_v = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        g = ops.backward(
+            ctx.plan, Inputs(*tensors), ctx.longest, readable(dy), x_t, x_v, Wanted(*needs[:8])
+        )
+        base_out = dy if needs[BASE_OUT] else None
+        return None, None, *g, None, None, base_out, None, None, None
+
+
+def _present(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Operators return tensors, never None: an empty one stands for what is not there."""
+    return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
+
+
+@torch.library.custom_op("fused_route::forward", mutates_args=())
+def forward_op(
+    x: Tensor, x_r: Tensor | None, u: Tensor | None, w: Tensor | None,
+    A: Tensor, b_A: Tensor | None, B: Tensor, b_B: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, base_out: Tensor | None,
+    seed: Tensor | None, row_sample: Tensor | None, offsets: Tensor | None,
+    longest: int, fusion: str, want_x_t: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, x_t, x_v) of `ops.forward` for the Fusion with this text; x_t and x_v may be empty."""
+    t = Inputs(x, x_r, u, w, A, b_A, B, b_B, weight, bias, base_out, seed, row_sample, offsets)
+    t = all_readable(t)
+    y, x_t, x_v = ops.forward(ops.plan_for(Fusion.of_text(fusion), t), t, longest, want_x_t)
+    x_t, x_v = _present((x_t, x_v), A)
+    return y, x_t, x_v
+
+
+@forward_op.register_fake
+def _(
+    x: Tensor, x_r: Tensor | None, u: Tensor | None, w: Tensor | None,
+    A: Tensor, b_A: Tensor | None, B: Tensor, b_B: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, base_out: Tensor | None,
+    seed: Tensor | None, row_sample: Tensor | None, offsets: Tensor | None,
+    longest: int, fusion: str, want_x_t: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    f = Fusion.of_text(fusion)
+    columns = f.of * B.shape[0] // len(f.segments)
+    like = {"frozen": x, "given": base_out, "residual": x, "none": A}[f.base]
+    assert like is not None
+    M = x.numel() // x.shape[-1]  # a product of sizes would fix them while a compiler traces
+    return (
+        like.new_empty(*x.shape[:-1], columns),
+        A.new_empty(M, A.shape[0]) if want_x_t else A.new_empty(0),
+        A.new_empty(0) if f.image != "owned" or x_r is None else A.new_empty(len(x_r), len(A)),
+    )
+
+
+@torch.library.custom_op("fused_route::backward", mutates_args=())
+def backward_op(
+    dy: Tensor, x_t: Tensor, x_v: Tensor,
+    x: Tensor, x_r: Tensor | None, u: Tensor | None, w: Tensor | None,
+    A: Tensor, b_A: Tensor | None, B: Tensor, b_B: Tensor | None,
+    weight: Tensor | None, seed: Tensor | None, row_sample: Tensor | None, offsets: Tensor | None,
+    longest: int, fusion: str, wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """`ops.backward`: eight gradients in the order of `Wanted`, empty where not wanted."""
+    f = Fusion.of_text(fusion)
+    t = Inputs(x, x_r, u, w, A, b_A, B, b_B, weight, None, None, seed, row_sample, offsets)
+    saved_x_t = x_t if f.x_t == "saved" else None
+    saved_x_v = x_v if f.image == "owned" else None
+    t = all_readable(t)
+    g = ops.backward(
+        ops.plan_for(f, t), t, longest, readable(dy), saved_x_t, saved_x_v, Wanted(*wanted)
+    )
+    if f.image == "operand" and g.u is not None:
+        g = g._replace(u=g.u.clone())  # du and dw share memory, which outputs of operators may not
+    return _present(g, A)
+
+
+@backward_op.register_fake
+def _(
+    dy: Tensor, x_t: Tensor, x_v: Tensor,
+    x: Tensor, x_r: Tensor | None, u: Tensor | None, w: Tensor | None,
+    A: Tensor, b_A: Tensor | None, B: Tensor, b_B: Tensor | None,
+    weight: Tensor | None, seed: Tensor | None, row_sample: Tensor | None, offsets: Tensor | None,
+    longest: int, fusion: str, wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    tensors = (x, x_r, u, w, A, b_A, B, b_B)
+    return [
+        A.new_empty(0) if tensor is None or not is_wanted else tensor.new_empty(tensor.shape)
+        for tensor, is_wanted in zip(tensors, wanted, strict=True)
+    ]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    t = Inputs(*inputs[:14])
+    ctx.longest, ctx.fusion, _ = inputs[14:]
+    ctx.save_for_backward(*kept_for_backward(t, *output[1:]))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, x_t, x_v = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    nothing = (None,) * len(needs)
+    if dy is None:
+        return nothing
+    t = Inputs(*tensors)
+    wanted = list(needs[:8])
+    gradients = backward_op(
+        dy, x_t, x_v, *t[:8], t.weight, *t[11:], ctx.longest, ctx.fusion, wanted
+    )
+    by_place = [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
+    base_out = dy if needs[BASE_OUT] else None
+    return *by_place, None, None, base_out, *nothing[BASE_OUT + 1 :]
+
+
+forward_op.register_autograd(_backward, setup_context=_setup)
+
+
+# Places of what is multiplied, and cast under autocast: u, w, A, b_A, B, b_B, weight and bias.
+FACTORS = range(2, 10)
+
+
+def _autocasting(device: str) -> Callable[..., Any]:
+    """The operator under autocast: factors, and x of a frozen base, in autocast's dtype."""
+
+    def cast(*arguments: Any) -> Any:
+        places = {*FACTORS, 0} if Fusion.of_text(arguments[15]).base == "frozen" else {*FACTORS}
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return forward_op(
+                *(
+                    value.to(dtype) if place in places and isinstance(value, Tensor) else value
+                    for place, value in enumerate(arguments)
+                )
+            )
+
+    return cast
+
+
+_library = torch.library.Library("fused_route", "FRAGMENT")
+for _device in ("cpu", "cuda"):
+    _library.impl("forward", _autocasting(_device), f"Autocast{_device.upper()}")
+
+
+def traced(f: Fusion, longest: int, t: Inputs) -> Tensor:
+    """y by the operator, for compilers."""
+    is_trained = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in t[:8]
+    )
+    return forward_op(*t, longest, f.text(), is_trained and f.x_t == "saved")[0]

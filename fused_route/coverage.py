@@ -1,0 +1,89 @@
+"""Which calls the kernels cover. Each function returns what stands in the way, or None."""
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .context import RoutingInput
+from .reference import Dropout
+from .routes import ROUTES
+from .routing import Routing
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_R = 256  # as in kernels/config.py, which is not imported for a question
+MAX_ROWS = 2**31 - 1
+
+# AMD's chips with matrix cores that Triton supports.
+AMD = ("gfx908", "gfx90a", "gfx942", "gfx950")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def gpu_obstacle(device: torch.device) -> str | None:
+    """Why kernels cannot run on this GPU, or None."""
+    if torch.version.hip is not None:
+        chip = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        return None if chip in AMD else f"{chip} is none of {', '.join(AMD)}"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"sm_{capability[0]}{capability[1]} is below sm_80"
+
+
+def device_obstacle(device: torch.device) -> str | None:
+    """Why kernels cannot run on this device, or None."""
+    if not has_triton():
+        return "Triton is not installed"
+    if device.type == "cuda":
+        return gpu_obstacle(device)
+    return None if emulates(device) else f"tensors are on {device}, not on a GPU"
+
+
+# Compilers call it instead of tracing it: what torch.compiler.assume_constant_result sets, which
+# would import the whole compiler with this file.
+device_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def emulates(device: torch.device) -> bool:
+    """Whether Triton runs on this device without a GPU: interpreted, or with a driver for tests."""
+    if device.type != "cpu":
+        return False
+    from triton import knobs
+    from triton.runtime import driver
+
+    return bool(knobs.runtime.interpret) or driver._active is not None
+
+
+def obstacle(
+    x_h: Tensor,
+    A: Tensor,
+    dtype: torch.dtype,
+    routing: Routing,
+    routing_input: RoutingInput | None,
+    dropout: float | Dropout,
+) -> str | None:
+    """Why the kernels do not cover a call whatever the device, or None.
+
+    `dtype` is that of the products: that of x_h, or autocast's.
+    """
+    if dtype not in DTYPES or x_h.dtype not in DTYPES:
+        return f"dtype {x_h.dtype if x_h.dtype not in DTYPES else dtype} is not one of {DTYPES}"
+    if A.shape[0] > MAX_R:
+        return f"R = {A.shape[0]} bottleneck columns are more than {MAX_R}"
+    if x_h.shape[:-1].numel() > MAX_ROWS:
+        return f"{x_h.shape[:-1].numel()} rows are more than {MAX_ROWS}"
+    if isinstance(dropout, Dropout):
+        return "masks of dropout are given; the kernels draw their own from a seed"
+    route = routing.route
+    if route.scores == "text":
+        return f"route {route.name!r} mixes tokens with each other"
+    if routing_input is None or routing.transpose != "eccv24" or routing_input.x_r.shape[1] == 1:
+        return None
+    if ROUTES.get(route.name) is not route or route.name in ("add", "mul"):
+        return f"route {route.name!r} under transpose='eccv24' pairs visual with text tokens"
+    return None

@@ -1,0 +1,185 @@
+"""A call by kernels: whether it is one, its Fusion and plan, then its tensors to `autograd`."""
+
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import autograd, coverage, ops
+from .checks import probability
+from .context import RoutingInput
+from .dropout import draw_seed
+from .fusion import OF_ONE_VECTOR, Fusion, owns_image
+from .ops import Inputs
+from .plan import Plan
+from .reference import NO_DROPOUT, Dropout, grouped
+from .routes import Operand
+from .routing import Routing
+
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+class Prepared:
+    """What is known of a call before its tensors: who runs it, and how.
+
+    Args:
+        fusion: None where the reference runs it; its mix is still open for an image "operand".
+        dtype: of the products.
+    """
+
+    __slots__ = ("dtype", "fusion", "plan")
+
+    def __init__(self, fusion: Fusion | None, dtype: torch.dtype) -> None:
+        self.fusion = fusion
+        self.dtype = dtype
+        self.plan: Plan | None = None  # made by the first call, where the mix is not open
+
+
+def product_dtype(x_h: Tensor) -> torch.dtype:
+    """The dtype that A and B are multiplied in: autocast's, or that of x_h."""
+    device = x_h.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_h.dtype
+
+
+def products(dtype: torch.dtype, device: torch.device) -> str:
+    """How fp32 products are made: "tf32" where torch's own matmuls may be."""
+    if dtype != torch.float32 or device.type != "cuda" or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def takes_kernels(
+    impl: str,
+    x_h: Tensor,
+    A: Tensor,
+    routing: Routing,
+    given: RoutingInput | None,
+    dropout: float | Dropout,
+) -> bool:
+    """Whether the kernels run this call; ValueError if they were asked for and cannot."""
+    if impl == "reference" or (impl == "auto" and x_h.device.type != "cuda"):
+        return False
+    why_not = coverage.obstacle(x_h, A, product_dtype(x_h), routing, given, dropout)
+    why_not = why_not or coverage.device_obstacle(x_h.device)
+    if impl == "triton" and why_not is not None:
+        raise ValueError(
+            f"impl='triton' cannot be honoured: {why_not}; use impl='reference' or 'auto'"
+        )
+    return why_not is None
+
+
+def prepare(
+    impl: str,
+    x_h: Tensor,
+    A: Tensor,
+    routing: Routing,
+    given: RoutingInput | None,
+    dropout: float | Dropout,
+    *,
+    base: str,
+    activation: str,
+    s: float,
+    segments: tuple[int, ...],
+    of: int,
+    recompute: bool,
+) -> Prepared:
+    """What a call that was checked is found to be.
+
+    Raises:
+        ValueError: kernels were asked for and do not cover it, or dropout is no probability.
+    """
+    dtype = product_dtype(x_h)
+    if not isinstance(dropout, Dropout):
+        dropout = probability("dropout", dropout)
+    if not takes_kernels(impl, x_h, A, routing, given, dropout):
+        return Prepared(None, dtype)
+    assert not isinstance(dropout, Dropout)  # covers no masks
+    mix, u, w, first, image = "identity", "one", "plain", "none", "none"
+    if given is not None:
+        first, image, u = routing.route.first, "operand", "plain"
+        is_masked = given.mask is not None
+        if owns_image(routing, given.x_r.shape[1], is_masked=is_masked, drops=dropout > 0.0):
+            image, (mix, u, w) = "owned", OF_ONE_VECTOR[routing.route.name]
+    fusion = Fusion(
+        mix, u, w, first, 1 if routing.segments == "joint" else len(segments), image, base,
+        activation, s, dropout, segments, of, "recomputed" if recompute else "saved",
+        products(dtype, x_h.device),
+    )  # fmt: skip
+    return Prepared(fusion, dtype)
+
+
+def run(
+    known: Prepared,
+    routing: Routing,
+    given: RoutingInput | None,
+    x_h: Tensor,
+    A: Tensor,
+    b_A: Tensor | None,
+    B: Tensor,
+    b_B: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    base_out: Tensor | None = None,
+) -> Tensor:
+    """y of a call that was prepared, as the functions of `reference` define it."""
+    f, dtype = known.fusion, known.dtype
+    assert f is not None
+    A, b_A, B, b_B = cast(A, dtype), cast(b_A, dtype), cast(B, dtype), cast(b_B, dtype)
+    if f.base == "frozen":
+        x_h, weight, bias = cast(x_h, dtype), cast(weight, dtype), cast(bias, dtype)
+    seed = draw_seed(x_h.device) if f.p > 0.0 else None
+    x_r = u = w = row_sample = offsets = None
+    longest = 0
+    if given is not None:
+        row_sample, offsets, longest = given.row_sample, given.offsets, given.longest
+        if f.image == "owned":
+            x_r = one_vector(given.x_r, routing.pool)
+        else:
+            operand = prepared_operand(given, A, b_A, routing, f)
+            f = f._replace(mix=operand.mix)
+            u, w = vectors(operand, dtype)
+    t = Inputs(x_h, x_r, u, w, A, b_A, B, b_B, weight, bias, base_out, seed, row_sample, offsets)
+    if torch.compiler.is_compiling():
+        return autograd.traced(f, longest, t)
+    plan = known.plan
+    if plan is None:
+        plan = ops.plan_for(f, t)
+        if f is known.fusion:
+            known.plan = plan
+    return autograd.Routed.apply(plan, longest, *t)
+
+
+def cast(tensor: T, dtype: torch.dtype) -> T:
+    """The tensor in this dtype, which it nearly always has."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def one_vector(x_r: Tensor, pool: str) -> Tensor:
+    """(S, 1, d): the one token of each sample, or the pool of several."""
+    if x_r.shape[1] == 1:
+        return x_r
+    return x_r[:, :1] if pool == "first" else x_r.mean(1, keepdim=True)
+
+
+def prepared_operand(
+    given: RoutingInput, A: Tensor, b_A: Tensor | None, routing: Routing, f: Fusion
+) -> Operand:
+    """The operand as the reference computes it, from x_v in torch."""
+    x_r, keep_r = given.x_r.to(A.dtype), None
+    drop = NO_DROPOUT
+    if f.p > 0.0:
+        keep_r = torch.empty(x_r.shape, dtype=torch.bool, device=x_r.device).bernoulli_(1.0 - f.p)
+        drop = Dropout(f.p, None, keep_r)
+    x_v = F.linear(drop.apply(x_r, keep_r), A, b_A)
+    return routing.operand(grouped(x_v, f.groups), given.mask)
+
+
+def vectors(operand: Operand, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """u and w (S, R), or w = K (S, G, C, C), in the order the kernels take them."""
+    if operand.mix == "identity":
+        return None, None
+    *u, w = (tensor.to(dtype) for tensor in operand.tensors)
+    if operand.mix == "matrix":
+        return None, w
+    return u[0].flatten(1) if u else None, w.flatten(1)

@@ -1,0 +1,53 @@
+"""What earlier calls were found to be: checking a call costs the host more than launching it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .context import RoutingInput
+from .fused import Prepared, product_dtype, products
+from .reference import Dropout
+
+# Emptied when full, which batches of ever new lengths bring about.
+MOST = 4096
+_KNOWN: dict[Any, Prepared] = {}
+
+
+def signature(
+    tensors: tuple[Tensor | None, ...], given: RoutingInput | None, settings: tuple[Any, ...]
+) -> Any:
+    """All that decides whether a call is sound and how it runs; None where nothing is kept.
+
+    Nothing is while a compiler traces, which keeps what it found itself, nor of masks for dropout,
+    which hold memory. What is not of the types it should be gets no signature, but its checks.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        x_h = tensors[0]
+        dtype = product_dtype(x_h)  # type: ignore[arg-type]
+        key: tuple[Any, ...] = (settings, dtype, products(dtype, x_h.device))  # type: ignore[union-attr]
+        key += tuple(None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
+        if given is not None:
+            x_r, index = given.x_r, given.sample_index
+            rows = None if index is None else index.shape
+            key += (x_r.shape, x_r.dtype, x_r.device, given.mask is None, rows)
+        hash(key)
+    except (AttributeError, TypeError):
+        return None
+    return None if any(isinstance(value, Dropout) for value in settings) else key
+
+
+def prepared(signature: Any) -> Prepared | None:
+    """What a call with this signature was found to be, if there was one."""
+    return None if signature is None else _KNOWN.get(signature)
+
+
+def remember(signature: Any, prepared: Prepared) -> None:
+    """Keeps what a sound call was found to be."""
+    if signature is None:
+        return
+    if len(_KNOWN) >= MOST:
+        _KNOWN.clear()
+    _KNOWN[signature] = prepared

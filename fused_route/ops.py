@@ -1,0 +1,252 @@
+"""Forward and backward of a routed layer by Triton kernels: what is allocated, launched and saved.
+
+    forward     K0 x_v = x̂_r Aᵀ + b_A       K1 x_t, z, y
+    backward    K2 dz, dx_t, z, dx          operands du, dw, dK, dx_v, dx_r
+                K3 partial dA, dB, …        K4 their sums
+
+Plain functions of tensors and a `Fusion`, without autograd and without checks; `functional` made
+those. All tensors but weight are contiguous; leading axes of x, y and dy are rows, M of them.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dropout import draw_seed as draw_seed
+from .dropout import keep_mask as keep_mask
+from .fusion import Fusion
+from .plan import Plan, Sizes, Wanted, is_many
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call, as the operators take them; None is what this Fusion does not have.
+
+    x (…, D), x_r (S, D) or (S, 1, D), u and w (S, R) or w = K (S, G, C, C), A (R, D), b_A (R,),
+    B (g·N, r), b_B (N,); weight (of·N, D) and bias (of·N,) of a frozen base; base_out (…, of·N) of
+    a given one; seed (1,) of dropout; row_sample (M,) and offsets (S + 1,) of packed sequences.
+    """
+
+    x: Tensor
+    x_r: Tensor | None
+    u: Tensor | None
+    w: Tensor | None
+    A: Tensor
+    b_A: Tensor | None
+    B: Tensor
+    b_B: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    base_out: Tensor | None
+    seed: Tensor | None
+    row_sample: Tensor | None
+    offsets: Tensor | None
+
+
+@cache
+def _plan(f: Fusion, D: int, N: int, R: int, many: bool, *dtypes: torch.dtype | None) -> Plan:
+    """The plan for a Fusion, widths, and the dtypes of its tensors (A's first)."""
+    assert dtypes[0] is not None
+    return Plan(f, D, N, R, dtypes[0].itemsize, many)
+
+
+def plan_for(f: Fusion, t: Inputs) -> Plan:
+    """The plan of a call."""
+    R, D = t.A.shape
+    return _plan(
+        f, D, t.B.shape[0] // len(f.segments), R, is_many(t.x.numel() // D),
+        t.A.dtype, t.x.dtype,
+        None if t.x_r is None else t.x_r.dtype,
+        None if t.base_out is None else t.base_out.dtype,
+        *(None if tensor is None else tensor.dtype for tensor in (t.b_A, t.b_B, t.row_sample)),
+    )  # fmt: skip
+
+
+def sizes_of(plan: Plan, t: Inputs, longest: int) -> Sizes:
+    """How the rows of x belong to samples."""
+    per_sample = t.x_r if t.x_r is not None else t.w
+    S = 1 if per_sample is None else per_sample.shape[0]
+    return plan.sizes(t.x.numel() // plan.D, S, longest)
+
+
+def forward(
+    plan: Plan, t: Inputs, longest: int, want_x_t: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y (…, of·N), x_t (M, R) where it is wanted for the backward pass, and x_v (S, R) if owned."""
+    f, sizes, R = plan.f, sizes_of(plan, t, longest), plan.R
+    u, w, x_v = t.u, t.w, None
+    if f.image == "owned":
+        assert t.x_r is not None
+        x_v = t.A.new_empty(sizes.S, R)
+        plan.project(t.x_r, t.A, t.b_A, t.seed, x_v, "x_r")
+        u, w = _of_x_v(f, x_v)
+    y, base = _output(plan, t)
+    x_t = t.A.new_empty(sizes.M, R) if want_x_t else None
+    plan.forward(
+        want_x_t,
+        sizes.forward_grid,
+        (t.x, t.A, t.b_A, u, w, t.B, t.b_B, base, y, x_t, t.seed, t.row_sample, t.offsets),
+        sizes.rows,
+    )
+    return y, x_t, x_v
+
+
+def _of_x_v(f: Fusion, x_v: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Where kernels read u and w of an owned image."""
+    return None if f.u == "one" else x_v, None if f.w == "one" else x_v
+
+
+def _output(plan: Plan, t: Inputs) -> tuple[Tensor, Tensor | None]:
+    """y, and the base that the kernel reads: y itself where it is written in place."""
+    base = plan.f.base
+    if base == "residual":
+        return torch.empty_like(t.x), t.x
+    if base == "frozen":
+        assert t.weight is not None
+        y = F.linear(t.x, t.weight, t.bias)
+        return y, y
+    if base == "none":
+        return torch.empty_like(t.x, dtype=t.A.dtype), None
+    assert t.base_out is not None
+    if plan.g == plan.f.of:
+        return torch.empty_like(t.base_out), t.base_out
+    y = t.base_out.clone()  # the segments that are not adapted
+    return y, y
+
+
+class Gradients(NamedTuple):
+    """One for each field of `Wanted`; None where it is not wanted."""
+
+    x: Tensor | None
+    x_r: Tensor | None
+    u: Tensor | None
+    w: Tensor | None
+    A: Tensor | None
+    b_A: Tensor | None
+    B: Tensor | None
+    b_B: Tensor | None
+
+
+def backward(
+    plan: Plan,
+    t: Inputs,
+    longest: int,
+    dy: Tensor,
+    x_t: Tensor | None,
+    x_v: Tensor | None,
+    wanted: Wanted,
+) -> Gradients:
+    """The wanted gradients from dy (…, of·N); x_t and x_v as `forward` returned them."""
+    f, sizes, new = plan.f, sizes_of(plan, t, longest), t.A.new_empty
+    M, R = sizes.M, plan.R
+    if M == 0:
+        return _zeros(t, wanted)
+    needs_dx_t = wanted.A or wanted.b_A
+    needs_operand = wanted.u or wanted.w if f.image == "operand" else wanted.x_r or needs_dx_t
+    needs_operand = needs_operand and f.mix != "identity"
+    if not (wanted.x_h or wanted.B or needs_dx_t or needs_operand):  # b_B alone
+        return Gradients(None, None, None, None, *_weights(plan, t, sizes, wanted, dy))
+
+    if x_t is None:
+        x_t = new(M, R)
+        plan.project(t.x, t.A, t.b_A, t.seed, x_t, "x_h")
+    dx_t = new(M, R) if needs_dx_t else None
+    z = new(M, R) if wanted.B else None
+    dz = partial = None
+    if needs_operand and f.mix == "matrix":
+        dz = new(M, R)
+    elif needs_operand:
+        count = 2 if f.image == "operand" and f.mix == "rank1" else 1
+        partial = new(count, sizes.pairs, R, dtype=torch.float32)
+    dx, base = _input_gradient(f, t, dy, wanted.x_h)
+    u, w = (t.u, t.w) if f.image != "owned" else _of_x_v(f, x_v)
+    du, dw = _du_dw(partial)
+    plan.backward(
+        wanted,
+        sizes.backward_grid,
+        (dy, x_t, t.A, u, w, t.B, base, dx, dx_t, z, dz, du, dw, t.seed, t.row_sample, t.offsets),
+        sizes.rows,
+    )
+    du, dw, dx_v, dx_r = _operand_gradients(plan, t, sizes, x_t, dz, partial, wanted)
+    return Gradients(dx, dx_r, du, dw, *_weights(plan, t, sizes, wanted, dy, z, dx_t, dx_v))
+
+
+def _du_dw(stacked: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """dw is first: one-operand mixes have no other."""
+    if stacked is None or stacked.shape[0] == 1:
+        return None, stacked
+    return stacked[1], stacked[0]
+
+
+def _input_gradient(
+    f: Fusion, t: Inputs, dy: Tensor, is_wanted: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx, and the base that K2 adds to: dy (residual), or dx as the frozen layer's GEMM left it."""
+    if not is_wanted:
+        return None, None
+    if f.base == "frozen":
+        assert t.weight is not None
+        dx = dy @ t.weight
+        return dx, dx
+    return torch.empty_like(t.x), dy if f.base == "residual" else None
+
+
+def _operand_gradients(
+    plan: Plan,
+    t: Inputs,
+    sizes: Sizes,
+    x_t: Tensor,
+    dz: Tensor | None,
+    partial: Tensor | None,
+    wanted: Wanted,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """du, dw (or dK), dx_v and dx_r."""
+    if dz is not None:
+        assert t.w is not None
+        dK = torch.empty_like(t.w)
+        plan.matrix_gradients(sizes, x_t, dz, dK, t.row_sample, t.offsets)
+        return None, dK, None, None
+    if partial is None:
+        return None, None, None, None
+    out = t.A.new_empty(partial.shape[0], sizes.S, plan.R)
+    dx_r = torch.empty_like(t.x_r) if t.x_r is not None and wanted.x_r else None
+    plan.vector_gradients(sizes, partial, out, t.A, dx_r, t.seed, t.offsets)
+    if plan.f.image == "owned":
+        return None, None, out, dx_r
+    du, dw = _du_dw(out)
+    return du, None if dw is None else dw.view(sizes.S, plan.R), None, None
+
+
+def _weights(
+    plan: Plan,
+    t: Inputs,
+    sizes: Sizes,
+    wanted: Wanted,
+    dy: Tensor,
+    z: Tensor | None = None,
+    dx_t: Tensor | None = None,
+    dx_v: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dA, db_A, dB, db_B."""
+    dA = torch.empty_like(t.A) if wanted.A else None
+    db_A = torch.empty_like(t.b_A) if wanted.b_A and t.b_A is not None else None
+    dB = torch.empty_like(t.B) if wanted.B else None
+    db_B = torch.empty_like(t.b_B) if wanted.b_B and t.b_B is not None else None
+    if wanted.A or wanted.b_A or wanted.B or wanted.b_B:
+        sums = plan.sums(sizes, wanted, dx_v is not None)
+        x_r = None if dx_v is None else t.x_r
+        inputs = (t.x, dx_t, x_r, dx_v, dy, z, t.seed)
+        plan.weight_gradients(sums, inputs, (dA, db_A, dB, db_B), dy)
+    return dA, db_A, dB, db_B
+
+
+def _zeros(t: Inputs, wanted: Wanted) -> Gradients:
+    """No rows: every gradient is zero."""
+    return Gradients(
+        *(
+            torch.zeros_like(tensor) if tensor is not None and is_wanted else None
+            for tensor, is_wanted in zip(t[:8], wanted, strict=True)
+        )
+    )

@@ -1,0 +1,246 @@
+"""The launches of a layer: kernels with their constants and tiles, grids, and argument order."""
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dropout import threshold
+from .fusion import Fusion
+
+Grid = tuple[int, int, int]
+Numbers = tuple[int | float, ...]
+Given = tuple[Tensor | None, ...]
+
+# Plans keep what follows from the numbers of rows and samples; emptied when full.
+MOST_SIZES = 1024
+
+
+@cache
+def kernels() -> Any:
+    """The kernels by name, imported when first needed: `import fused_route` needs no Triton."""
+    from .kernels import backward, config, forward, launch, operands, weights
+
+    return SimpleNamespace(
+        project=forward.project,
+        forward=forward.routed_forward,
+        backward=backward.routed_backward,
+        vectors=operands.vector_gradient,
+        matrices=operands.matrix_gradient,
+        weights=weights.weight_partials,
+        add=weights.add_partials,
+        config=config,
+        Launch=launch.Launch,
+    )
+
+
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉."""
+    return -(-a // b)
+
+
+def is_many(M: int) -> bool:
+    """Whether M rows fill a GPU with large blocks."""
+    return bool(kernels().config.MANY_ROWS <= M)
+
+
+class Wanted(NamedTuple):
+    """Which gradients are to be computed."""
+
+    x_h: bool
+    x_r: bool
+    u: bool
+    w: bool
+    A: bool
+    b_A: bool
+    B: bool
+    b_B: bool
+
+
+class Sizes(NamedTuple):
+    """What follows from M rows of S samples: T each, or packed and `longest` at most.
+
+    `pairs` counts the rows of the partial sums that K2 writes for one vector operand; `rows` are
+    the numbers that kernels over rows take.
+    """
+
+    M: int
+    S: int
+    T: int
+    pairs: int
+    forward_grid: Grid
+    backward_grid: Grid
+    rows: Numbers
+
+
+class Sums(NamedTuple):
+    """How K3 splits the sums over rows for the wanted gradients, and K4 adds them up."""
+
+    length: int
+    partials: Any
+    partials_grid: Grid
+    partials_numbers: Numbers
+    add: Any
+    add_grid: Grid
+    add_numbers: Numbers
+
+
+class Plan:
+    """The kernels of one Fusion at one set of widths and dtypes, for few or for many rows.
+
+    Args:
+        f: what is the same for all calls.
+        D, N, R: input width, columns of an adapted segment, bottleneck columns.
+        size: bytes of an element of A and B.
+        many: whether there are enough rows to fill a GPU with large blocks.
+    """
+
+    def __init__(self, f: Fusion, D: int, N: int, R: int, size: int, many: bool) -> None:
+        config = kernels().config
+        self.f, self.D, self.N, self.R = f, D, N, R
+        self.g = len(f.segments)
+        R_PAD = config.padded(R)
+        suffix = "_matrix" if f.mix == "matrix" else ""
+        self.tiles = {
+            name: config.tile(
+                name + suffix if name in ("forward", "backward") else name, R_PAD, size, many
+            )
+            for name in ("project", "forward", "backward", "vectors", "matrices", "weights")
+        }
+        bottleneck = {"D": D, "R": R, "R_PAD": R_PAD}
+        self.to_segments = {"D": D, "N": N, "LDY": f.of * N, "R": R, "R_PAD": R_PAD}
+        mix = {"MIX": f.mix, "U": f.u, "W": f.w, "FIRST": f.first, "G": f.groups}
+        mix |= {"ACTIVATION": f.activation}
+        routed = {**self.to_segments, "SEGMENTS": f.segments, **mix}
+        self.project_x_h = self._launch("project", {**bottleneck, "STREAM": 0})
+        self.project_x_r = self._launch("project", {**bottleneck, "STREAM": 1})
+        self.forward = self._launch("forward", routed)
+        self.backward = self._launch("backward", routed)
+        row_block = {"ROW_BLOCK": self.tiles["backward"].BM}
+        self.vectors = self._launch("vectors", {**bottleneck, **row_block})
+        self.matrices = self._launch("matrices", {"G": f.groups, "R": R, "FIRST": f.first})
+        self.dropout = (threshold(f.p), 1.0 / (1.0 - f.p))
+        self._sizes: dict[tuple[int, int, int], Sizes] = {}
+        self._sums: dict[tuple[object, ...], Sums] = {}
+
+    def _launch(self, name: str, constants: dict[str, Any]) -> Any:
+        tile = self.tiles[name]
+        constants = {**constants, "PRECISION": self.f.products, "BM": tile.BM, "BN": tile.BN}
+        return kernels().Launch(getattr(kernels(), name), tile, constants)
+
+    def sizes(self, M: int, S: int, longest: int) -> Sizes:
+        """What follows from M rows of S samples; longest is 0 where they are not packed."""
+        found = self._sizes.get((M, S, longest))
+        if found is not None:
+            return found
+        if len(self._sizes) >= MOST_SIZES:
+            self._sizes.clear()
+        T = M // max(S, 1)
+        grids = []
+        for name in ("forward", "backward"):
+            BM = self.tiles[name].BM
+            by_sample = (S, cdiv(longest or T, BM), 1)  # no block holds rows of two samples
+            grids.append(by_sample if self.f.mix == "matrix" else (cdiv(M, BM), 1, 1))
+        pairs = cdiv(M, self.tiles["backward"].BM) + S
+        made = Sizes(M, S, T, pairs, grids[0], grids[1], (M, T, *self.dropout, self.f.s))
+        self._sizes[M, S, longest] = made
+        return made
+
+    def project(
+        self,
+        x: Tensor,
+        A: Tensor,
+        b_A: Tensor | None,
+        seed: Tensor | None,
+        out: Tensor,
+        stream: str,
+    ) -> None:
+        """K0: out (M, R) = x̂ Aᵀ + b_A."""
+        launch = self.project_x_h if stream == "x_h" else self.project_x_r
+        M = out.shape[0]
+        grid = (cdiv(M, self.tiles["project"].BM), 1, 1)
+        launch(None, grid, (x, A, b_A, seed, out), (M, *self.dropout))
+
+    def vector_gradients(
+        self,
+        sizes: Sizes,
+        partial: Tensor,
+        out: Tensor,
+        A: Tensor,
+        dx_r: Tensor | None,
+        seed: Tensor | None,
+        offsets: Tensor | None,
+    ) -> None:
+        """out (·, S, R) from K2's partial sums (·, pairs, R); dx_r = D ∘ (out A)."""
+        S = sizes.S
+        grid = (cdiv(S, self.tiles["vectors"].BM), partial.shape[0], 1)
+        tensors = (partial, out, A, dx_r, seed, offsets)
+        self.vectors(dx_r is None, grid, tensors, (S, sizes.T, sizes.pairs, *self.dropout))
+
+    def matrix_gradients(
+        self,
+        sizes: Sizes,
+        x_t: Tensor,
+        dz: Tensor,
+        dK: Tensor,
+        row_sample: Tensor | None,
+        offsets: Tensor | None,
+    ) -> None:
+        """dK (S, G, C, C) from x_t and dz (M, R)."""
+        tiles = cdiv(self.R // self.f.groups, self.tiles["matrices"].BN) ** 2
+        grid = (sizes.S, self.f.groups, tiles)
+        self.matrices(None, grid, (x_t, dz, dK, row_sample, offsets), (sizes.T,))
+
+    def sums(self, sizes: Sizes, wanted: Wanted, has_x_r: bool) -> Sums:
+        """K3 and K4 for these rows and gradients."""
+        key = (sizes.M, sizes.S, wanted, has_x_r)
+        found = self._sums.get(key)
+        if found is not None:
+            return found
+        if len(self._sums) >= MOST_SIZES:
+            self._sums.clear()
+        config, tile = kernels().config, self.tiles["weights"]
+        partials, add, lengths = self._weights(wanted)
+        up = wanted.B or wanted.b_B
+        A_blocks = cdiv(self.D, tile.BN) if wanted.A else int(wanted.b_A)
+        blocks = A_blocks + (self.g * cdiv(self.N, tile.BN) if up else 0)
+        splits = max(1, min(config.WEIGHT_PROGRAMS // blocks, cdiv(sizes.M, 4 * tile.BM)))
+        rows_per_split = cdiv(cdiv(sizes.M, splits), tile.BM) * tile.BM
+        splits = cdiv(sizes.M, rows_per_split)
+        visual = cdiv(sizes.S, rows_per_split) if has_x_r else 0
+        made = Sums(
+            (splits + visual) * (lengths[0] + lengths[2]) + splits * (lengths[1] + lengths[3]),
+            partials,
+            (blocks, splits + visual, 1),
+            (sizes.M, sizes.S, rows_per_split, splits, visual, *self.dropout),
+            add,
+            (sum(cdiv(length, config.ADD.BN) for length in lengths), 1, 1),
+            (splits, visual, self.f.s),
+        )
+        self._sums[key] = made
+        return made
+
+    @cache  # noqa: B019  plans live as long as the process
+    def _weights(self, wanted: Wanted) -> tuple[Any, Any, tuple[int, ...]]:
+        """K3 and K4 for the wanted gradients, and the lengths of dA, dB, db_A and db_B."""
+        config = kernels().config
+        lengths = {
+            "A_SIZE": self.R * self.D if wanted.A else 0,
+            "B_SIZE": self.N * self.R if wanted.B else 0,
+            "b_A_SIZE": self.R if wanted.b_A else 0,
+            "b_B_SIZE": self.g * self.N if wanted.b_B else 0,
+        }
+        rank = {"RANK_PAD": config.padded(self.R // self.g), "SEGMENTS": self.f.segments}
+        want = {f"WANT_{name}": getattr(wanted, name) for name in ("A", "b_A", "B", "b_B")}
+        partials = self._launch("weights", {**self.to_segments, **rank, **want})
+        add = kernels().Launch(kernels().add, config.ADD, {**lengths, "BLOCK": config.ADD.BN})
+        return partials, add, tuple(lengths.values())
+
+    def weight_gradients(self, sums: Sums, inputs: Given, outputs: Given, like: Tensor) -> None:
+        """K3 with (x, dx_t, x_r, dx_v, dy, z, seed), then K4 to (dA, db_A, dB, db_B)."""
+        partial = torch.empty(sums.length, dtype=torch.float32, device=like.device)
+        tensors = (*inputs, partial)
+        sums.partials(inputs[3] is None, sums.partials_grid, tensors, sums.partials_numbers)
+        sums.add(None, sums.add_grid, (partial, *outputs), sums.add_numbers)

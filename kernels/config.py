@@ -1,0 +1,147 @@
+"""Tiles by kernel, bottleneck width and element size: the only place where tuning is written down.
+
+A row is chosen by R_PAD (R padded to a power of two), by the bytes of an element of A and B, and by
+whether there are enough rows to fill a GPU with large blocks. The table serves every GPU from
+sm_80 on, and AMD's gfx942 with `AMD_STAGES`; `python -m bench gates` compiles all of it and shows
+registers, spills and shared memory. Why the tiles are what they are: README.md beside this file.
+"""
+
+from dataclasses import dataclass
+
+MAX_R = 256
+
+# Below this many rows, blocks of 64 rows or more would leave a third of 132 multiprocessors idle.
+MANY_ROWS = 8192
+
+# Programs that K3 aims for: two for each of an H100's 132 multiprocessors. A constant, not a
+# property of the device, so that sums have the same order, hence the same bits, on every GPU.
+WEIGHT_PROGRAMS = 264
+
+# gfx942 has 64 KB of shared memory a compute unit: loads are not staged further ahead than this.
+AMD_STAGES = 1
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BM rows and BN columns a step, warps of a program, stages of its software pipeline."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+
+
+# (few rows, many rows) for each kernel, by R_PAD and bytes of an element. "forward" and "backward"
+# are K1 and K2 with vector operands, "…_matrix" with K, which takes registers and shared memory.
+TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
+    "project": {
+        (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (32, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (64, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (128, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
+        (256, 2): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+        (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (128, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (256, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    },
+    "forward": {
+        (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (32, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (64, 2): (Tile(32, 64, 4, 3), Tile(128, 64, 8, 3)),
+        (128, 2): (Tile(32, 32, 4, 2), Tile(128, 64, 8, 2)),
+        (256, 2): (Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
+        (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
+        (128, 4): (Tile(16, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (256, 4): (Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
+    },
+    "forward_matrix": {
+        (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (32, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (64, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (128, 2): (Tile(32, 32, 4, 2), Tile(64, 64, 8, 2)),
+        (256, 2): (Tile(16, 64, 8, 2), Tile(16, 64, 8, 2)),
+        (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
+        (128, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "backward": {
+        (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (32, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (64, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
+        (128, 2): (Tile(32, 32, 4, 2), Tile(64, 64, 8, 2)),
+        (256, 2): (Tile(16, 64, 8, 2), Tile(32, 64, 8, 2)),
+        (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
+        (128, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "backward_matrix": {
+        (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (32, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (64, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
+        (128, 2): (Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
+        (256, 2): (Tile(16, 64, 8, 2), Tile(16, 64, 8, 2)),
+        (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
+        (128, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "vectors": {
+        (16, 2): (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3)),
+        (32, 2): (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3)),
+        (64, 2): (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3)),
+        (128, 2): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
+        (256, 2): (Tile(16, 64, 8, 2), Tile(16, 64, 8, 2)),
+        (16, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+        (32, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+        (64, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+        (128, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+        (256, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    },
+    # BN × BN of K's C × C columns a program, BM rows a step
+    "matrices": {
+        (16, 2): (Tile(64, 16, 4, 2), Tile(64, 16, 4, 2)),
+        (32, 2): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+        (64, 2): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        (128, 2): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        (256, 2): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        (16, 4): (Tile(32, 16, 4, 2), Tile(32, 16, 4, 2)),
+        (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (128, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (256, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    },
+    "weights": {
+        (16, 2): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
+        (32, 2): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
+        (64, 2): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 2)),
+        (128, 2): (Tile(32, 64, 4, 3), Tile(64, 128, 8, 2)),
+        (256, 2): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+        (16, 4): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
+        (32, 4): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
+        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
+        (128, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (256, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    },
+}
+
+# K4 has no matrix product, and one row.
+ADD = Tile(1, 1024, 4, 1)
+
+
+def padded(R: int) -> int:
+    """The least power of two that is at least R and 16, which products of tiles need."""
+    return max(16, 1 << (R - 1).bit_length())
+
+
+def tile(kernel: str, R_PAD: int, size: int, many: bool) -> Tile:
+    """The tile of a kernel; `size` is the bytes of an element of A and B."""
+    return TILES[kernel][R_PAD, size][many]

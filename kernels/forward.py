@@ -1,0 +1,80 @@
+"""K0, the down-projection alone, and K1, the whole forward pass."""
+
+import triton
+import triton.language as tl
+
+from .parts import activate, block_of_rows, down, mix
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def project(
+    x_ptr, A_ptr, b_A_ptr, seed_ptr, out_ptr, M, threshold, keep_scale,
+    D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, STREAM: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out (M, R) = x̂ Aᵀ + b_A for x (M, D): x_v of the image, or x_t anew for the backward pass.
+
+    Grid (blocks of BM rows,). Reads x once and A once a program; writes M·R.
+    """
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    inside = row < M
+    x_t = down(
+        x_ptr, A_ptr, b_A_ptr, seed_ptr, row, inside, threshold, keep_scale,
+        D, R, R_PAD, STREAM, PRECISION, BM, BN,
+    )  # fmt: skip
+    c = tl.arange(0, R_PAD)
+    mask = inside[:, None] & (c < R)[None, :]
+    tl.store(out_ptr + row[:, None] * R + c[None, :], x_t.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "T", "threshold"])
+def routed_forward(
+    x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, B_ptr, b_B_ptr, base_ptr, y_ptr, x_t_ptr,
+    seed_ptr, row_sample_ptr, offsets_ptr, M, T, threshold, keep_scale, s,
+    D: tl.constexpr, N: tl.constexpr, LDY: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
+    SEGMENTS: tl.constexpr, MIX: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
+    FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """K1: y = base + b_B + s · act(mix(x̂ Aᵀ + b_A)) Bᵀ, for BM rows of x (M, D) a program.
+
+    x_t stays in registers from the down-projection to the up-projection; it is stored (M, R) where
+    x_t_ptr is given, for the backward pass. The N columns of B's segment i are added to columns
+    SEGMENTS[i]·N … of base, and written to the same columns of y (rows of LDY). For an adapter
+    base is x itself; for a linear layer it is y, in place.
+
+    Grid: see `block_of_rows`. Bytes: x, base and y once, x_t once; A and B once a program.
+    """
+    row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)
+    x_t = down(
+        x_ptr, A_ptr, b_A_ptr, seed_ptr, row, inside, threshold, keep_scale,
+        D, R, R_PAD, 0, PRECISION, BM, BN,
+    )  # fmt: skip
+    c = tl.arange(0, R_PAD)
+    rounded = x_t.to(A_ptr.dtype.element_ty)  # what the backward pass will read
+    if x_t_ptr is not None:
+        fits = inside[:, None] & (c < R)[None, :]
+        tl.store(x_t_ptr + row[:, None] * R + c[None, :], rounded, mask=fits)
+    z = mix(
+        rounded.to(tl.float32), u_ptr, w_ptr, sample, routed,
+        MIX, U, W, FIRST, PRECISION, G, R, R_PAD,
+    )  # fmt: skip
+    z = activate(z, ACTIVATION).to(B_ptr.dtype.element_ty)  # (BM, R_PAD)
+
+    RANK: tl.constexpr = R // len(SEGMENTS)
+    for i in tl.static_range(len(SEGMENTS)):
+        own = (c >= i * RANK) & (c < (i + 1) * RANK)
+        for n0 in range(0, N, BN):
+            n = n0 + tl.arange(0, BN)
+            B_T = tl.load(
+                B_ptr + (i * N + n)[None, :] * RANK + (c - i * RANK)[:, None],
+                mask=own[:, None] & (n < N)[None, :], other=0.0,
+            )  # (R_PAD, BN), zero in the rows of other segments  # fmt: skip
+            y = tl.dot(z, B_T, input_precision=PRECISION) * s
+            if b_B_ptr is not None:
+                y += tl.load(b_B_ptr + i * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            place = row[:, None] * LDY + (SEGMENTS[i] * N + n)[None, :]
+            mask = inside[:, None] & (n < N)[None, :]
+            if base_ptr is not None:
+                y += tl.load(base_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)

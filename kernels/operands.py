@@ -1,0 +1,85 @@
+"""Gradients of what the image became: of vector operands (and through them x_r), and of K."""
+
+import triton
+import triton.language as tl
+
+from .backward import down_backward
+from .parts import relu
+
+
+@triton.jit(do_not_specialize=["T", "pairs", "S", "threshold"])
+def vector_gradient(
+    partial_ptr, out_ptr, A_ptr, dx_r_ptr, seed_ptr, offsets_ptr, S, T, pairs, threshold,
+    keep_scale,
+    D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, ROW_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out (·, S, R): Σ of each sample's partial sums (·, pairs, R), in the order of the row blocks.
+
+    Where dx_r_ptr is given also dx_r (S, D) = keep ∘ (out A) / (1 − p): out is then dx_v.
+    Grid (blocks of BM samples, operands). ROW_BLOCK is the BM of the kernel that wrote `partial`.
+    """
+    which = tl.program_id(1)
+    c = tl.arange(0, R_PAD)
+    sample = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = sample < S
+    if offsets_ptr is not None:
+        start = tl.load(offsets_ptr + sample, mask=inside, other=0).to(tl.int32)
+        stop = tl.load(offsets_ptr + sample + 1, mask=inside, other=0).to(tl.int32)
+    else:
+        start, stop = sample * T, sample * T + T
+    first = start // ROW_BLOCK
+    count = tl.where(inside & (stop > start), (stop - 1) // ROW_BLOCK - first + 1, 0)
+    pair = (first + sample).to(tl.int64) + which.to(tl.int64) * pairs
+    acc = tl.zeros([BM, R_PAD], tl.float32)
+    for i in range(0, tl.max(count, 0)):
+        mask = (i < count)[:, None] & (c < R)[None, :]
+        acc += tl.load(partial_ptr + (pair + i)[:, None] * R + c[None, :], mask=mask, other=0.0)
+
+    row = sample.to(tl.int64)
+    rounded = acc.to(out_ptr.dtype.element_ty)
+    place = (row + which.to(tl.int64) * S)[:, None] * R + c[None, :]
+    tl.store(out_ptr + place, rounded, mask=inside[:, None] & (c < R)[None, :])
+    if dx_r_ptr is not None:
+        down_backward(
+            rounded, A_ptr, None, dx_r_ptr, seed_ptr, row, inside, threshold, keep_scale,
+            D, R, R_PAD, 1, PRECISION, BM, BN,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def matrix_gradient(
+    x_t_ptr, dz_ptr, dK_ptr, row_sample_ptr, offsets_ptr, T,
+    G: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dK (S, G, C, C) = Σ over a sample's rows of first(x_t)ᵀ dz, from x_t and dz (M, R).
+
+    Grid (S, G, tiles of BN × BN of the C × C). Rows that are not routed count for nothing.
+    """
+    C: tl.constexpr = R // G
+    TILES: tl.constexpr = tl.cdiv(C, BN)
+    b, g, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i = tile // TILES * BN + tl.arange(0, BN)
+    j = tile % TILES * BN + tl.arange(0, BN)
+    start, stop = b * T, b * T + T
+    if offsets_ptr is not None:
+        start = tl.load(offsets_ptr + b).to(tl.int32)
+        stop = tl.load(offsets_ptr + b + 1).to(tl.int32)
+    acc = tl.zeros([BN, BN], tl.float32)
+    for m0 in range(start, stop, BM):
+        m = m0 + tl.arange(0, BM)
+        routed = m < stop
+        if row_sample_ptr is not None:
+            routed = tl.load(row_sample_ptr + m, mask=routed, other=-1) >= 0
+        row = m.to(tl.int64)
+        mask = routed[:, None] & (i < C)[None, :]
+        x = tl.load(x_t_ptr + row[:, None] * R + (g * C + i)[None, :], mask=mask, other=0.0)
+        if FIRST == "relu":
+            x = relu(x.to(tl.float32)).to(dK_ptr.dtype.element_ty)
+        mask = routed[:, None] & (j < C)[None, :]
+        dz = tl.load(dz_ptr + row[:, None] * R + (g * C + j)[None, :], mask=mask, other=0.0)
+        acc = tl.dot(tl.trans(x), dz, acc, input_precision=PRECISION)
+    place = (b.to(tl.int64) * G + g) * C * C + i[:, None] * C + j[None, :]
+    mask = (i < C)[:, None] & (j < C)[None, :]
+    tl.store(dK_ptr + place, acc.to(dK_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,305 @@
+"""The parts that kernels are built from: tiles in, tiles out.
+
+A program owns a block of BM rows of the hidden states, with all R bottleneck columns in registers,
+padded to R_PAD, a power of two of at least 16. Shapes stand beside each tile. What is known when
+a kernel is compiled is upper case; a pointer that is not given is None, and its code vanishes.
+
+All arithmetic is fp32; operands of products are rounded to the dtype of the weights.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX: tl.constexpr, BM: tl.constexpr):
+    """The rows of this program, and the sample of each.
+
+    For "matrix", a grid (S, blocks of a sample): one program never holds rows of two samples. Else
+    a grid (blocks,) over all rows. Dense rows belong to sample row // T; packed rows have a code
+    each: the sample, or −1 − sample for padding, which passes unrouted.
+
+    Returns:
+        row (BM,) int64, inside (BM,), sample (BM,) int32, routed (BM,).
+    """
+    if MIX == "matrix":
+        block = tl.program_id(0).to(tl.int32)
+        start, stop = block * T, block * T + T
+        if offsets_ptr is not None:
+            start = tl.load(offsets_ptr + block).to(tl.int32)
+            stop = tl.load(offsets_ptr + block + 1).to(tl.int32)
+        row = start + tl.program_id(1) * BM + tl.arange(0, BM)
+        inside = row < stop
+        sample = tl.zeros([BM], tl.int32) + block
+        routed = inside
+        if row_sample_ptr is not None:
+            routed = tl.load(row_sample_ptr + row, mask=inside, other=-1) >= 0
+    else:
+        row = tl.program_id(0) * BM + tl.arange(0, BM)
+        inside = row < M
+        if row_sample_ptr is not None:
+            code = tl.load(row_sample_ptr + row, mask=inside, other=-1)
+            routed = code >= 0
+            sample = tl.where(routed, code, -1 - code)
+        else:
+            routed = inside
+            sample = row // T
+    return row.to(tl.int64), inside, sample, routed
+
+
+@triton.jit
+def kept(seed_ptr, row, k0, threshold, STREAM: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """Which elements of rows `row` (BM,) and columns k0 … k0 + BK survive dropout: (BM, BK).
+
+    One Philox call at counter (column // 8, row, STREAM, 0) serves 8 columns with 16 bits each;
+    an element is kept where its bits are at least `threshold` = p · 2¹⁶. The result depends on
+    seed, row, column and stream alone, so every tiling and every pass sees the same mask.
+    `fused_route.dropout.keep_mask` is this function in torch.
+    """
+    group = k0 // 8 + tl.arange(0, BK // 8)
+    c0 = (group[None, :] + tl.zeros([BM, 1], tl.int32)).to(tl.uint32)
+    c1 = (row.to(tl.int32)[:, None] + tl.zeros([1, BK // 8], tl.int32)).to(tl.uint32)
+    zero = c0 * 0
+    r0, r1, r2, r3 = tl.philox(tl.load(seed_ptr), c0, c1, zero + STREAM, zero)
+    word = tl.join(tl.join(r0, r1), tl.join(r2, r3))  # (BM, BK/8, 2, 2): word 2j + i at (i, j)
+    bits = tl.join(word & 0xFFFF, word >> 16)  # (BM, BK/8, 2, 2, 2)
+    return tl.reshape(bits, [BM, BK]).to(tl.int32) >= threshold
+
+
+@triton.jit
+def down(
+    x_ptr, A_ptr, b_A_ptr, seed_ptr, row, inside, threshold, keep_scale,
+    D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, STREAM: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """x̂ Aᵀ + b_A (BM, R_PAD) for rows of x (·, D); x̂ = keep ∘ x / (1 − p) where there is a seed.
+
+    The factor 1 / (1 − p) is applied to the sum: products are linear in it, and x is not rounded
+    again.
+    """
+    c = tl.arange(0, R_PAD)
+    acc = tl.zeros([BM, R_PAD], tl.float32)
+    for k0 in range(0, D, BK):
+        k = k0 + tl.arange(0, BK)
+        x = tl.load(
+            x_ptr + row[:, None] * D + k[None, :],
+            mask=inside[:, None] & (k < D)[None, :], other=0.0,
+        )  # (BM, BK)  # fmt: skip
+        if seed_ptr is not None:
+            keep = kept(seed_ptr, row, k0, threshold, STREAM, BM, BK)
+            x = tl.where(keep, x, 0.0)
+        A_T = tl.load(
+            A_ptr + c[None, :] * D + k[:, None], mask=(c < R)[None, :] & (k < D)[:, None], other=0.0
+        )  # (BK, R_PAD)
+        acc = tl.dot(x.to(A_T.dtype), A_T, acc, input_precision=PRECISION)
+    if seed_ptr is not None:
+        acc = acc * keep_scale
+    if b_A_ptr is not None:
+        acc += tl.load(b_A_ptr + c, mask=c < R, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0) that keeps NaN, as torch.relu does and tl.maximum does not."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def bottleneck_tile(
+    ptr, row, inside, R: tl.constexpr, R_PAD: tl.constexpr
+):  # fmt: skip
+    """Rows of a tensor (·, R) as fp32 (BM, R_PAD), zero beyond R and where not inside."""
+    c = tl.arange(0, R_PAD)
+    mask = inside[:, None] & (c < R)[None, :]
+    return tl.load(ptr + row[:, None] * R + c[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def vector_operand(
+    ptr, sample, routed, KIND: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr
+):  # fmt: skip
+    """u or w (BM, R_PAD) of each row's sample, from x_v or an operand (S, R).
+
+    KIND: "plain", "relu" of it, or "one", which reads nothing.
+    """
+    if KIND == "one":
+        operand = tl.full([routed.shape[0], R_PAD], 1.0, tl.float32)
+    else:
+        operand = bottleneck_tile(ptr, sample.to(tl.int64), routed, R, R_PAD)
+        if KIND == "relu":
+            operand = relu(operand)
+    return operand
+
+
+@triton.jit
+def group_sums(values, G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr):
+    """Σ of values (BM, R_PAD) over the columns of each of G groups, in every column of the group.
+
+    Columns beyond R are zero in `values` and get the last group's sum or zero.
+    """
+    if G == 1:
+        sums = tl.sum(values, 1)[:, None] + tl.zeros_like(values)
+    else:
+        group = tl.arange(0, R_PAD) // (R // G)
+        sums = tl.zeros_like(values)
+        for g in tl.static_range(G):
+            own = (group == g)[None, :]
+            sums = tl.where(own, tl.sum(tl.where(own, values, 0.0), 1)[:, None], sums)
+    return sums
+
+
+@triton.jit
+def times_matrix(
+    x, K_ptr, first, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
+):  # fmt: skip
+    """Columns first … first + WIDTH of x K, or of x Kᵀ, with K block-diagonal from (G, C, C)."""
+    C: tl.constexpr = R // G
+    i = tl.arange(0, R_PAD)[:, None]
+    j = (first + tl.arange(0, WIDTH))[None, :]
+    mask = (i // C == j // C) & (i < R) & (j < R)
+    if TRANSPOSED:
+        place = (i // C) * C * C + (j % C) * C + i % C
+    else:
+        place = (i // C) * C * C + (i % C) * C + j % C
+    K = tl.load(K_ptr + place, mask=mask, other=0.0)  # (R_PAD, WIDTH)
+    return tl.dot(x.to(K.dtype), K, input_precision=PRECISION)
+
+
+@triton.jit
+def matrix_mix(
+    x, K_ptr, sample, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
+):  # fmt: skip
+    """x K, or x Kᵀ (BM, R_PAD), with the K (S, G, C, C) of the one sample these rows belong to.
+
+    From R_PAD = 256 on in two halves: K whole in fp32 would take all 256 KB of shared memory.
+    """
+    own_K_ptr = K_ptr + tl.max(sample, 0).to(tl.int64) * (R * (R // G))
+    if R_PAD < 256:
+        z = times_matrix(x, own_K_ptr, 0, R_PAD, TRANSPOSED, PRECISION, G, R, R_PAD)
+    else:
+        HALF: tl.constexpr = R_PAD // 2
+        left = times_matrix(x, own_K_ptr, 0, HALF, TRANSPOSED, PRECISION, G, R, R_PAD)
+        right = times_matrix(x, own_K_ptr, HALF, HALF, TRANSPOSED, PRECISION, G, R, R_PAD)
+        z = tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [x.shape[0], R_PAD])
+    return z
+
+
+@triton.jit
+def mix(
+    x_t, u_ptr, w_ptr, sample, routed,
+    MIX: tl.constexpr, U: tl.constexpr, W: tl.constexpr, FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
+):  # fmt: skip
+    """z (BM, R_PAD) = mix(first(x_t), operand); rows that are not routed keep x_t.
+
+    identity x, shift x + w, scale x ∘ w, rank1 ⟨x, u⟩ w by group, matrix x K (w_ptr holds K).
+    """
+    x = relu(x_t) if FIRST == "relu" else x_t
+    if MIX == "identity":
+        z = x
+    elif MIX == "matrix":
+        z = matrix_mix(x, w_ptr, sample, False, PRECISION, G, R, R_PAD)
+    else:
+        w = vector_operand(w_ptr, sample, routed, W, R, R_PAD)
+        if MIX == "shift":
+            z = x + w
+        elif MIX == "scale":
+            z = x * w
+        else:
+            u = vector_operand(u_ptr, sample, routed, U, R, R_PAD)
+            z = group_sums(x * u, G, R, R_PAD) * w
+    return tl.where(routed[:, None], z, x_t)
+
+
+@triton.jit
+def mix_backward(
+    dz, x_t, u_ptr, w_ptr, sample, routed,
+    MIX: tl.constexpr, U: tl.constexpr, W: tl.constexpr, FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
+):  # fmt: skip
+    """dx_t (BM, R_PAD) from dz: through the mix, then through `first` (relu'(0) = 0, as in torch).
+
+    shift dz, scale dz ∘ w, rank1 ⟨dz, w⟩ u, matrix dz Kᵀ.
+    """
+    if MIX == "matrix":
+        dx = matrix_mix(dz, w_ptr, sample, True, PRECISION, G, R, R_PAD)
+    elif MIX == "scale":
+        dx = dz * vector_operand(w_ptr, sample, routed, W, R, R_PAD)
+    elif MIX == "rank1":
+        w = vector_operand(w_ptr, sample, routed, W, R, R_PAD)
+        u = vector_operand(u_ptr, sample, routed, U, R, R_PAD)
+        dx = group_sums(dz * w, G, R, R_PAD) * u
+    else:
+        dx = dz
+    if FIRST == "relu":
+        dx = tl.where(x_t > 0.0, dx, 0.0)
+    return tl.where(routed[:, None], dx, dz)
+
+
+@triton.jit
+def w_gradient(
+    dz, x_t, u_ptr, sample, routed, MIX: tl.constexpr, U: tl.constexpr, FIRST: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
+):  # fmt: skip
+    """Each row's part of dw (BM, R_PAD): shift dz, scale dz ∘ x, rank1 ⟨x, u⟩ dz."""
+    dw = dz
+    if MIX != "shift":
+        x = relu(x_t) if FIRST == "relu" else x_t
+        if MIX == "scale":
+            dw = dz * x
+        else:
+            u = vector_operand(u_ptr, sample, routed, U, R, R_PAD)
+            dw = group_sums(x * u, G, R, R_PAD) * dz
+    return dw
+
+
+@triton.jit
+def u_gradient(
+    dz, x_t, w_ptr, sample, routed, W: tl.constexpr, FIRST: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
+):  # fmt: skip
+    """Each row's part of du (BM, R_PAD) for rank1: ⟨dz, w⟩ x."""
+    x = relu(x_t) if FIRST == "relu" else x_t
+    w = vector_operand(w_ptr, sample, routed, W, R, R_PAD)
+    return group_sums(dz * w, G, R, R_PAD) * x
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """act(z): none, relu, gelu (exact), gelu_tanh, silu."""
+    if ACTIVATION == "none":
+        h = z
+    elif ACTIVATION == "relu":
+        h = relu(z)
+    elif ACTIVATION == "gelu":
+        h = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        h = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    else:
+        tl.static_assert(ACTIVATION == "silu", "unknown activation")
+        h = z * tl.sigmoid(z)
+    return h
+
+
+@triton.jit
+def activation_slope(z, ACTIVATION: tl.constexpr):
+    """act'(z); relu'(0) = 0."""
+    if ACTIVATION == "none":
+        slope = tl.full(z.shape, 1.0, tl.float32)
+    elif ACTIVATION == "relu":
+        slope = tl.where(z > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
+    elif ACTIVATION == "gelu_tanh":
+        gate = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+        slope = gate + z * gate * (1.0 - gate) * inner
+    else:
+        tl.static_assert(ACTIVATION == "silu", "unknown activation")
+        gate = tl.sigmoid(z)
+        slope = gate * (1.0 + z * (1.0 - gate))
+    return slope

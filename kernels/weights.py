@@ -1,0 +1,200 @@
+"""K3, the gradients of A, B and their biases as partial sums, and K4, which adds those up.
+
+A workspace of fp32 holds the partial sums of each split of the rows, section after section:
+dA (splits + visual, R·D), dB (splits, g·N·r), db_A (splits + visual, R), db_B (splits, g·N). The
+`visual` splits are those of the rows of x_r, which meet A too.
+"""
+
+import triton
+import triton.language as tl
+
+from .parts import kept
+
+
+@triton.jit
+def transposed_product(
+    wide_ptr, narrow_ptr, seed_ptr, start, stop, threshold, first, column, c0,
+    WIDTH: tl.constexpr, LDW: tl.constexpr, C: tl.constexpr, LDC: tl.constexpr,
+    C_PAD: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Σ over rows start … stop of wideᵀ narrow (BN, C_PAD); with SUMS, of wide too (BN, 16).
+
+    wide: columns `first` … first + BN of the WIDTH that begin at `column` in rows of LDW (x, x_r or
+    dy); narrow: the C columns from c0 on in rows of LDC (dx_t, dx_v or z), or None for the sums
+    alone. Those are a product with ones, 16 wide: no reduction across warps in each step.
+    """
+    n = first + tl.arange(0, BN)
+    c = tl.arange(0, C_PAD)
+    acc = tl.zeros([BN, C_PAD], tl.float32)
+    sums = tl.zeros([BN, 16], tl.float32)
+    for m0 in range(start, stop, BM):
+        row = (m0 + tl.arange(0, BM)).to(tl.int64)
+        inside = row < stop
+        wide = tl.load(
+            wide_ptr + row[:, None] * LDW + (column + n)[None, :],
+            mask=inside[:, None] & (n < WIDTH)[None, :], other=0.0,
+        )  # (BM, BN)  # fmt: skip
+        if seed_ptr is not None:
+            wide = tl.where(kept(seed_ptr, row, first, threshold, STREAM, BM, BN), wide, 0.0)
+        if narrow_ptr is not None:
+            narrow = tl.load(
+                narrow_ptr + row[:, None] * LDC + (c0 + c)[None, :],
+                mask=inside[:, None] & (c < C)[None, :], other=0.0,
+            )  # (BM, C_PAD)  # fmt: skip
+            wide = wide.to(narrow.dtype)
+            acc = tl.dot(tl.trans(wide), narrow, acc, input_precision=PRECISION)
+        if SUMS:
+            ones = tl.full([BM, 16], 1.0, tl.float32).to(wide.dtype)
+            sums = tl.dot(tl.trans(wide), ones, sums, input_precision=PRECISION)
+    return acc, sums
+
+
+@triton.jit
+def row_sums(ptr, start, stop, C: tl.constexpr, C_PAD: tl.constexpr, BM: tl.constexpr):
+    """Σ over rows start … stop of a tensor (·, C), in fp32: (C_PAD,)."""
+    c = tl.arange(0, C_PAD)
+    acc = tl.zeros([BM, C_PAD], tl.float32)
+    for m0 in range(start, stop, BM):
+        row = (m0 + tl.arange(0, BM)).to(tl.int64)
+        mask = (row < stop)[:, None] & (c < C)[None, :]
+        acc += tl.load(ptr + row[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(acc, 0)
+
+
+@triton.jit
+def down_weights(
+    x_ptr, dx_t_ptr, seed_ptr, dA_ptr, db_A_ptr, start, stop, threshold, keep_scale, block,
+    D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, WANT_A: tl.constexpr,
+    WANT_b_A: tl.constexpr, STREAM: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Stores dx_tᵀ x̂ (columns of one block) and, in the first block, Σ dx_t of some rows."""
+    c = tl.arange(0, R_PAD)
+    if WANT_A:
+        acc, _ = transposed_product(
+            x_ptr, dx_t_ptr, seed_ptr, start, stop, threshold, block * BN, 0, 0,
+            D, D, R, R, R_PAD, False, STREAM, PRECISION, BM, BN,
+        )  # fmt: skip
+        if seed_ptr is not None:
+            acc = acc * keep_scale
+        k = block * BN + tl.arange(0, BN)
+        mask = (k < D)[:, None] & (c < R)[None, :]
+        tl.store(dA_ptr + c[None, :] * D + k[:, None], acc, mask=mask)
+    if WANT_b_A:
+        if block == 0:
+            tl.store(db_A_ptr + c, row_sums(dx_t_ptr, start, stop, R, R_PAD, BM), mask=c < R)
+
+
+@triton.jit(do_not_specialize=["M", "S", "rows_per_split", "splits", "visual", "threshold"])
+def weight_partials(
+    x_ptr, dx_t_ptr, x_r_ptr, dx_v_ptr, dy_ptr, z_ptr, seed_ptr, partial_ptr,
+    M, S, rows_per_split, splits, visual, threshold, keep_scale,
+    D: tl.constexpr, N: tl.constexpr, LDY: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
+    RANK_PAD: tl.constexpr, SEGMENTS: tl.constexpr, WANT_A: tl.constexpr, WANT_b_A: tl.constexpr,
+    WANT_B: tl.constexpr, WANT_b_B: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """K3: one split's part of dA = dx_tᵀ x̂ + dx_vᵀ x̂_r, dB = dyᵀ z and the bias gradients.
+
+    Grid (column blocks, splits + visual). The first column blocks are those of x (and x_r, for the
+    visual splits), then those of each adapted segment of dy. Bytes: x and dy once, dx_t and z once
+    a column block; the workspace once.
+    """
+    RANK: tl.constexpr = R // len(SEGMENTS)
+    A_BLOCKS: tl.constexpr = tl.cdiv(D, BN) if WANT_A else (1 if WANT_b_A else 0)
+    B_BLOCKS: tl.constexpr = tl.cdiv(N, BN)
+    A_SIZE: tl.constexpr = R * D if WANT_A else 0
+    B_SIZE: tl.constexpr = len(SEGMENTS) * N * RANK if WANT_B else 0
+    block, split = tl.program_id(0), tl.program_id(1)
+    all_splits = (splits + visual).to(tl.int64)
+    dB_ptr = partial_ptr + all_splits * A_SIZE
+    db_A_ptr = dB_ptr + splits.to(tl.int64) * B_SIZE
+    db_B_ptr = db_A_ptr + all_splits * (R if WANT_b_A else 0)
+
+    start = split * rows_per_split
+    stop = tl.minimum(start + rows_per_split, M)
+    if block < A_BLOCKS:
+        dA_ptr = partial_ptr + split.to(tl.int64) * A_SIZE
+        db_A_ptr += split * R
+        if split < splits:
+            down_weights(
+                x_ptr, dx_t_ptr, seed_ptr, dA_ptr, db_A_ptr, start, stop, threshold, keep_scale,
+                block, D, R, R_PAD, WANT_A, WANT_b_A, 0, PRECISION, BM, BN,
+            )  # fmt: skip
+        elif x_r_ptr is not None:
+            start = (split - splits) * rows_per_split
+            stop = tl.minimum(start + rows_per_split, S)
+            down_weights(
+                x_r_ptr, dx_v_ptr, seed_ptr, dA_ptr, db_A_ptr, start, stop, threshold, keep_scale,
+                block, D, R, R_PAD, WANT_A, WANT_b_A, 1, PRECISION, BM, BN,
+            )  # fmt: skip
+    elif WANT_B or WANT_b_B:
+        if split < splits:
+            i = (block - A_BLOCKS) // B_BLOCKS
+            first = (block - A_BLOCKS) % B_BLOCKS * BN
+            segment = 0
+            for j in tl.static_range(len(SEGMENTS)):
+                segment = tl.where(i == j, SEGMENTS[j], segment)
+            acc, sums = transposed_product(
+                dy_ptr, z_ptr, None, start, stop, 0, first, segment * N, i * RANK,
+                N, LDY, RANK, R, RANK_PAD, WANT_b_B, 0, PRECISION, BM, BN,
+            )  # fmt: skip
+            n = first + tl.arange(0, BN)
+            c = tl.arange(0, RANK_PAD)
+            if WANT_B:
+                place = split.to(tl.int64) * B_SIZE + (i * N + n)[:, None] * RANK + c[None, :]
+                tl.store(dB_ptr + place, acc, mask=(n < N)[:, None] & (c < RANK)[None, :])
+            if WANT_b_B:
+                place = split * (len(SEGMENTS) * N) + i * N + n
+                tl.store(db_B_ptr + place, tl.sum(sums, 1) * 0.0625, mask=n < N)
+
+
+@triton.jit
+def add_up(
+    partial_ptr, out_ptr, splits, block, factor, LENGTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out (LENGTH,) = factor · Σ over splits of partial (splits, LENGTH), one block of it."""
+    e = block * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    place = partial_ptr + e
+    for _ in range(0, splits):
+        acc += tl.load(place, mask=e < LENGTH, other=0.0)
+        place += LENGTH
+    tl.store(out_ptr + e, (acc * factor).to(out_ptr.dtype.element_ty), mask=e < LENGTH)
+
+
+@triton.jit(do_not_specialize=["splits", "visual"])
+def add_partials(
+    partial_ptr, dA_ptr, db_A_ptr, dB_ptr, db_B_ptr, splits, visual, s,
+    A_SIZE: tl.constexpr, B_SIZE: tl.constexpr, b_A_SIZE: tl.constexpr, b_B_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """K4: dA, db_A, db_B and s · dB from the workspace, added in the order of the splits, cast.
+
+    Grid (blocks of dA, then dB, db_A, db_B). Sizes of sections that are not there are 0. The
+    workspace once, each gradient once.
+    """
+    # Triton 3.6 cannot add what tl.cdiv returns.
+    A_BLOCKS: tl.constexpr = (A_SIZE + BLOCK - 1) // BLOCK
+    B_BLOCKS: tl.constexpr = (B_SIZE + BLOCK - 1) // BLOCK
+    b_A_BLOCKS: tl.constexpr = (b_A_SIZE + BLOCK - 1) // BLOCK
+    block = tl.program_id(0)
+    all_splits = splits + visual
+    dB_partial_ptr = partial_ptr + all_splits.to(tl.int64) * A_SIZE
+    db_A_partial_ptr = dB_partial_ptr + splits.to(tl.int64) * B_SIZE
+    db_B_partial_ptr = db_A_partial_ptr + all_splits.to(tl.int64) * b_A_SIZE
+    if block < A_BLOCKS:
+        if A_SIZE > 0:
+            add_up(partial_ptr, dA_ptr, all_splits, block, 1.0, A_SIZE, BLOCK)
+    elif block < A_BLOCKS + B_BLOCKS:
+        if B_SIZE > 0:
+            add_up(dB_partial_ptr, dB_ptr, splits, block - A_BLOCKS, s, B_SIZE, BLOCK)
+    elif block < A_BLOCKS + B_BLOCKS + b_A_BLOCKS:
+        if b_A_SIZE > 0:
+            place = block - A_BLOCKS - B_BLOCKS
+            add_up(db_A_partial_ptr, db_A_ptr, all_splits, place, 1.0, b_A_SIZE, BLOCK)
+    else:
+        if b_B_SIZE > 0:
+            place = block - A_BLOCKS - B_BLOCKS - b_A_BLOCKS
+            add_up(db_B_partial_ptr, db_B_ptr, splits, place, 1.0, b_B_SIZE, BLOCK)

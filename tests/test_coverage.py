@@ -1,0 +1,142 @@
+"""Which calls the kernels take: `auto` chooses, `triton` refuses with the reason."""
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from fused_route import Dropout, Route, RoutedAdapter, Routing, coverage, fused, known, scale
+from fused_route import routed_adapter as adapter
+from fused_route.fusion import owns_image
+from fused_route.kernels import config
+
+X_H, A, B = torch.randn(2, 3, 8), torch.randn(4, 8), torch.randn(8, 4)
+GPU = torch.device("cuda", 0)
+
+
+def refused(pattern: str, **changes: Any) -> None:
+    given: dict[str, Any] = {"x_h": X_H, "A": A, "B": B, "x_r": torch.randn(2, 8), "route": "mul"}
+    given |= changes
+    with (
+        mock.patch.object(coverage, "device_obstacle", return_value=None),
+        pytest.raises(ValueError, match=f"impl='triton' cannot be honoured: .*{pattern}"),
+    ):
+        adapter(**given, impl="triton")
+    adapter(**given, impl="auto")  # what the kernels do not take, the reference does
+
+
+def test_what_kernels_do_not_cover_is_refused_by_name() -> None:
+    many = (torch.randn(2, 3, 8), torch.randn(257, 8), torch.randn(8, 257))
+    refused("R = 257 bottleneck columns", x_h=many[0], A=many[1], B=many[2])
+    refused("masks of dropout", dropout=Dropout(0.5, None, None))
+    refused("mixes tokens", route="self_gram")
+    refused("float64", **{k: v.double() for k, v in {"x_h": X_H, "A": A, "B": B}.items()})
+    pairs = {"x_r": torch.randn(2, 3, 8), "route": Routing("mul", compat="eccv24")}
+    refused("pairs visual with text tokens", **pairs)
+    own = Route("own", lambda x_v: scale(x_v), published=lambda x_v: scale(x_v))
+    refused("pairs visual", x_r=pairs["x_r"], route=Routing(own, compat="eccv24"))
+
+
+def test_triton_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="cannot be honoured: tensors are on cpu, not on a GPU"):
+        adapter(X_H, A, B, torch.randn(2, 8), impl="triton")
+
+
+def test_auto_on_a_cpu_is_the_reference() -> None:
+    with mock.patch.object(fused, "run") as by_kernels:
+        adapter(X_H, A, B, torch.randn(2, 8))
+        RoutedAdapter(8, 4, route="none")(X_H)
+    assert not by_kernels.called
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [((7, 5), "sm_75 is below sm_80"), ((8, 0), None), ((9, 0), None), ((12, 0), None)],
+)
+def test_nvidia(capability: tuple[int, int], reason: str | None) -> None:
+    coverage.gpu_obstacle.cache_clear()
+    with (
+        mock.patch.object(torch.version, "hip", None),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+    ):
+        assert coverage.device_obstacle(GPU) == reason
+    coverage.gpu_obstacle.cache_clear()
+
+
+@pytest.mark.parametrize(("chip", "runs"), [("gfx942:sramecc+", True), ("gfx1100", False)])
+def test_amd(chip: str, runs: bool) -> None:
+    coverage.gpu_obstacle.cache_clear()
+    properties = SimpleNamespace(gcnArchName=chip)
+    with (
+        mock.patch.object(torch.version, "hip", "6.4"),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+    ):
+        assert (coverage.device_obstacle(GPU) is None) == runs
+    coverage.gpu_obstacle.cache_clear()
+
+
+def test_without_triton() -> None:
+    with mock.patch.object(coverage, "has_triton", return_value=False):
+        assert coverage.device_obstacle(GPU) == "Triton is not installed"
+
+
+def test_limits_are_those_of_the_kernels() -> None:
+    assert coverage.MAX_R == config.MAX_R == max(R for R, _ in config.TILES["forward"])
+
+
+def test_who_computes_x_v() -> None:
+    """One vector per sample as it is: the kernels; else torch prepares the operand."""
+    plain: dict[str, Any] = {"is_masked": False, "drops": False}
+    assert owns_image(Routing("gram"), 1, **plain) and not owns_image(Routing("gram"), 2, **plain)
+    assert owns_image(Routing("mul"), 2, **plain) and owns_image(Routing("mul"), 1, **plain)
+    assert not owns_image(Routing("mul"), 2, is_masked=False, drops=True)
+    assert not owns_image(Routing("mul"), 1, is_masked=True, drops=False)
+    assert not owns_image(Routing("mul", normalize="unit"), 1, **plain)
+    assert not owns_image(Routing(Route("own", lambda x_v: scale(x_v))), 1, **plain)
+
+
+def test_calls_are_checked_whenever_anything_differs() -> None:
+    """A call that was found sound vouches for no other."""
+    x_r = torch.randn(2, 8)
+    adapter(X_H, A, B, x_r)
+    for changes, pattern in (
+        ({"x_r": torch.randn(3, 8)}, "batch of 3"),
+        ({"x_r": torch.randn(2, 9)}, "width 9"),
+        ({"A": A.double()}, "A is torch.float64"),
+        ({"B": B.T}, "B must be"),
+        ({"b_A": torch.randn(5)}, "b_A must be"),
+        ({"activation": "tanh"}, "activation must be"),
+        ({"activation": ["gelu"]}, "activation must be"),
+        ({"dropout": 1.0}, "dropout must be"),
+        ({"impl": "cuda"}, "impl must be"),
+        ({"x_h": X_H.tolist()}, "x_h must be"),
+    ):
+        given: dict[str, Any] = {"x_h": X_H, "A": A, "B": B, "x_r": x_r} | changes
+        with pytest.raises(ValueError, match=pattern):
+            adapter(**given)
+
+
+def test_what_is_known_does_not_grow_without_end() -> None:
+    with mock.patch.object(known, "_KNOWN", {}), mock.patch.object(known, "MOST", 3):
+        for T in range(1, 9):
+            adapter(torch.randn(2, T, 8), A, B, torch.randn(2, 8))
+            assert len(known._KNOWN) <= 3
+        adapter(X_H, A, B, torch.randn(2, 8), dropout=Dropout(0.5, None, None))
+        assert all(isinstance(settings, tuple) for settings, *_ in known._KNOWN)
+        assert not any(isinstance(v, Dropout) for settings, *_ in known._KNOWN for v in settings)
+
+
+def test_tf32_only_where_torch_may() -> None:
+    assert fused.products(torch.float32, torch.device("cpu")) == "ieee"
+    assert fused.products(torch.bfloat16, GPU) == "ieee"
+    with mock.patch.object(torch.version, "hip", None):
+        before = torch.backends.cuda.matmul.fp32_precision
+        try:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            assert fused.products(torch.float32, GPU) == "tf32"
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            assert fused.products(torch.float32, GPU) == "ieee"
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
