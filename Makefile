@@ -1,7 +1,9 @@
 # Everything sets itself up in .venv; a second run starts at once.
 PYTHON ?= python3
+PYTHONS ?= python3.12 python3.13
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 READY := $(VENV)/.ready
 # Hard limits in seconds, so that a hanging part fails instead of eating the whole budget.
 LINT_BUDGET := 60
@@ -9,15 +11,18 @@ TYPES_BUDGET := 240
 TEST_BUDGET := 600
 INTERPRET_BUDGET := 420
 COMPILE_BUDGET := 420
-SLOW_BUDGET := 1800
+SLOW_BUDGET := 2400
 
-.PHONY: help setup demo demo-full test test-all lint types clean
+KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py compilers.py traffic.py \
+	launches.py interpreter_tools.py bench_tools.py gates.py host_cost.py)
+
+.PHONY: help setup demo demo-full test test-all test-oldest test-pythons test-plain lint types clean
 
 help:
 	@echo "make demo       compare routes on real images, questions and weights (about 9 minutes)"
 	@echo "make demo-full  the same, longer and with 3 seeds"
 	@echo "make test       lint, types, tests"
-	@echo "make test-all   the slow tests too"
+	@echo "make test-all   the slow tests too, and oldest and other versions"
 
 setup: $(READY)
 
@@ -42,14 +47,37 @@ types: $(READY)
 
 # Three kinds of process: Triton interprets kernels, or compiles them, or neither.
 test: lint types
-	timeout $(TEST_BUDGET) $(BIN)/pytest -n 2 --durations=5
+	timeout $(TEST_BUDGET) $(BIN)/pytest -n 2 --dist loadfile --durations=5
 	TRITON_INTERPRET=1 timeout $(INTERPRET_BUDGET) $(BIN)/pytest -n 2 --durations=5 -m 'interpret and not slow'
 	timeout $(COMPILE_BUDGET) $(BIN)/pytest --durations=5 -m 'compile and not slow'
 
-test-all: lint types
+test-all: lint types test-oldest test-pythons
 	timeout $(SLOW_BUDGET) $(BIN)/pytest --durations=10 -m 'not interpret and not compile'
 	TRITON_INTERPRET=1 timeout $(SLOW_BUDGET) $(BIN)/pytest -n 2 --durations=10 -m interpret
 	timeout $(SLOW_BUDGET) $(BIN)/pytest --durations=10 -m compile
 
+# The oldest versions that the project takes, for the part that depends on them most.
+$(OLDEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --editable . 'torch==2.11.*' 'triton==3.6.*' \
+		'numpy<2.4' 'transformers==5.17.*' pytest pytest-xdist
+	@touch $@
+
+test-oldest: $(OLDEST)/.ready
+	TRITON_INTERPRET=1 timeout $(SLOW_BUDGET) $(OLDEST)/bin/pytest -n 2 -m interpret $(KERNEL_TESTS)
+	timeout $(SLOW_BUDGET) $(OLDEST)/bin/pytest -m 'compile and not slow' $(KERNEL_TESTS)
+
+# The plain tests with other versions of Python, where this machine has them.
+test-pythons:
+	@for python in $(PYTHONS); do \
+		if $$python -c 'import venv' 2>/dev/null; then \
+			$(MAKE) --no-print-directory VENV=.venv-$$(basename $$python) PYTHON=$$python test-plain \
+				|| exit 1; \
+		else echo "no $$python here: its tests are left out"; fi; \
+	done
+
+test-plain: $(READY)
+	timeout $(SLOW_BUDGET) $(BIN)/pytest -n 2 --dist loadfile
+
 clean:
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-* .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .context import RoutingInput
 from .reference import Dropout
@@ -73,6 +74,10 @@ def obstacle(
     """
     if dtype not in DTYPES or x_h.dtype not in DTYPES:
         return f"dtype {x_h.dtype if x_h.dtype not in DTYPES else dtype} is not one of {DTYPES}"
+    for name, tensor in (("x_h", x_h), ("A", A)):
+        is_plain = type(tensor) in (Tensor, Parameter)  # no shard, not quantised
+        if not is_plain and not torch.compiler.is_compiling():
+            return f"{name} is a {type(tensor).__name__}; kernels read plain tensors"
     if A.shape[0] > MAX_R:
         return f"R = {A.shape[0]} bottleneck columns are more than {MAX_R}"
     if x_h.shape[:-1].numel() > MAX_ROWS:

@@ -8,8 +8,9 @@ Plain functions of tensors and a `Fusion`, without autograd and without checks; 
 those. All tensors but weight are contiguous; leading axes of x, y and dy are rows, M of them.
 """
 
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from .dropout import draw_seed as draw_seed
 from .dropout import keep_mask as keep_mask
 from .fusion import Fusion
 from .plan import Plan, Sizes, Wanted, is_many
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Inputs(NamedTuple):
@@ -71,6 +75,21 @@ def sizes_of(plan: Plan, t: Inputs, longest: int) -> Sizes:
     return plan.sizes(t.x.numel() // plan.D, S, longest)
 
 
+def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
+    """A function of (plan, inputs, …), run with the device of x current: kernels launch there."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        x = args[1].x  # type: ignore[attr-defined]
+        if x.is_cuda and x.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@on_its_device
 def forward(
     plan: Plan, t: Inputs, longest: int, want_x_t: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -129,6 +148,7 @@ class Gradients(NamedTuple):
     b_B: Tensor | None
 
 
+@on_its_device
 def backward(
     plan: Plan,
     t: Inputs,

@@ -7,7 +7,17 @@ from unittest import mock
 import pytest
 import torch
 
-from fused_route import Dropout, Route, RoutedAdapter, Routing, coverage, fused, known, scale
+from fused_route import (
+    Dropout,
+    Route,
+    RoutedAdapter,
+    Routing,
+    coverage,
+    fused,
+    known,
+    ops,
+    scale,
+)
 from fused_route import routed_adapter as adapter
 from fused_route.fusion import owns_image
 from fused_route.kernels import config
@@ -37,6 +47,34 @@ def test_what_kernels_do_not_cover_is_refused_by_name() -> None:
     refused("pairs visual with text tokens", **pairs)
     own = Route("own", lambda x_v: scale(x_v), published=lambda x_v: scale(x_v))
     refused("pairs visual", x_r=pairs["x_r"], route=Routing(own, compat="eccv24"))
+
+
+class Shard(torch.Tensor):
+    """A tensor whose memory is not what its shape says."""
+
+
+def test_kernels_read_plain_tensors_only() -> None:
+    refused("A is a Shard", A=A.as_subclass(Shard))
+    refused("x_h is a Shard", x_h=X_H.as_subclass(Shard))
+    assert coverage.obstacle(
+        X_H, torch.nn.Parameter(A), torch.float32, Routing("none"), None, 0.0
+    ) is None  # fmt: skip
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_kernels_launch_on_the_device_of_x(current: int) -> None:
+    x = SimpleNamespace(is_cuda=True, get_device=lambda: 1, device="cuda:1")
+
+    @ops.on_its_device
+    def launch(plan: Any, t: Any) -> str:
+        return "launched"
+
+    with (
+        mock.patch.object(torch.cuda, "current_device", return_value=current),
+        mock.patch.object(torch.cuda, "device") as guard,
+    ):
+        assert launch(None, SimpleNamespace(x=x)) == "launched"
+    assert guard.called == (current != 1)
 
 
 def test_triton_needs_a_gpu() -> None:

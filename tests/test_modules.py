@@ -325,7 +325,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "x_h": (lambda: routed_linear(X[0, 0], A4, B4, X, weight=W), "x_h must be a tensor"),
     "x_r": (lambda: routed_linear(X, A4, B4, weight=W), "x_r is missing"),
     "x_r width": (lambda: routed_linear(X, A4, B4, X[..., 1:], weight=W), "x_r has width 7"),
-    "triton": (lambda: routed_linear(X, A4, B4, X, weight=W, impl="triton"), "on cpu, not on a GPU"),
+    "triton": (lambda: routed_linear(X, A4, B4, X, weight=W, impl="triton"), "not on a GPU"),
     "b_A": (lambda: routed_adapter(X, A4, B4, X, b_A=X[0, 0]), r"b_A must be \(4,\)"),
     "keep_h": (
         lambda: routed_adapter(X, A4, B4, X, dropout=Dropout(0.1, X[0] > 0, None)),
