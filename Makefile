@@ -13,7 +13,7 @@ INTERPRET_BUDGET := 420
 COMPILE_BUDGET := 420
 SLOW_BUDGET := 2400
 
-KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py compilers.py traffic.py \
+KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py kernel_dropout.py compilers.py traffic.py \
 	launches.py interpreter_tools.py bench_tools.py gates.py host_cost.py)
 
 .PHONY: help setup demo demo-full test test-all test-oldest test-pythons test-plain lint types clean

@@ -8,6 +8,47 @@ from .context import RoutingInput
 from .routing import Routing
 
 
+def check_linear(
+    x_h: Tensor,
+    A: Tensor,
+    B: Tensor,
+    given: RoutingInput | None,
+    routing: Routing,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_out: Tensor | None,
+    adapted: tuple[int, ...],
+    of: int,
+) -> None:
+    """The tensors of `routed_linear` fit each other; else a ValueError."""
+    if (weight is None) == (base_out is None):
+        raise ValueError("give exactly one of weight and base_out")
+    if bias is not None and weight is None:
+        raise ValueError("bias belongs to weight; base_out has its own in it already")
+    check_tensors(x_h, A=A, B=B, weight=weight, bias=bias)
+    check_routing_input(x_h, given, routing)
+    width = check_base(x_h, weight, bias, base_out)
+    check_segments(adapted, of, width)
+    check_matrices(A, B, x_h.shape[-1], width // of, len(adapted))
+
+
+def check_adapter(
+    x_h: Tensor,
+    A: Tensor,
+    B: Tensor,
+    b_A: Tensor | None,
+    b_B: Tensor | None,
+    given: RoutingInput | None,
+    routing: Routing,
+) -> None:
+    """The tensors of `routed_adapter` fit each other; else a ValueError."""
+    check_tensors(x_h, A=A, B=B, b_A=b_A, b_B=b_B)
+    check_routing_input(x_h, given, routing)
+    check_matrices(A, B, x_h.shape[-1], x_h.shape[-1], 1)
+    check_bias("b_A", b_A, A.shape[0])
+    check_bias("b_B", b_B, x_h.shape[-1])
+
+
 def check_segments(adapted: tuple[int, ...], of: int, width: int) -> None:
     """The adapted segments exist, once each, and divide the output evenly; else a ValueError."""
     whole("of", of)

@@ -101,22 +101,16 @@ def forward_op(
 
 
 @forward_op.register_fake
-def _(
-    x: Tensor, x_r: Tensor | None, u: Tensor | None, w: Tensor | None,
-    A: Tensor, b_A: Tensor | None, B: Tensor, b_B: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, base_out: Tensor | None,
-    seed: Tensor | None, row_sample: Tensor | None, offsets: Tensor | None,
-    longest: int, fusion: str, want_x_t: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    f = Fusion.of_text(fusion)
-    columns = f.of * B.shape[0] // len(f.segments)
-    like = {"frozen": x, "given": base_out, "residual": x, "none": A}[f.base]
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    t, f, want_x_t = Inputs(*arguments[:14]), Fusion.of_text(arguments[15]), arguments[16]
+    columns = f.of * t.B.shape[0] // len(f.segments)
+    like = {"frozen": t.x, "given": t.base_out, "residual": t.x, "none": t.A}[f.base]
     assert like is not None
-    M = x.numel() // x.shape[-1]  # a product of sizes would fix them while a compiler traces
+    M = t.x.numel() // t.x.shape[-1]  # a product of sizes would fix them while a compiler traces
     return (
-        like.new_empty(*x.shape[:-1], columns),
-        A.new_empty(M, A.shape[0]) if want_x_t else A.new_empty(0),
-        A.new_empty(0) if f.image != "owned" or x_r is None else A.new_empty(len(x_r), len(A)),
+        like.new_empty(*t.x.shape[:-1], columns),
+        t.A.new_empty(M, t.A.shape[0]) if want_x_t else t.A.new_empty(0),
+        t.A.new_empty(0) if t.x_r is None else t.A.new_empty(t.x_r.shape[0], t.A.shape[0]),
     )
 
 
@@ -143,14 +137,9 @@ def backward_op(
 
 
 @backward_op.register_fake
-def _(
-    dy: Tensor, x_t: Tensor, x_v: Tensor,
-    x: Tensor, x_r: Tensor | None, u: Tensor | None, w: Tensor | None,
-    A: Tensor, b_A: Tensor | None, B: Tensor, b_B: Tensor | None,
-    weight: Tensor | None, seed: Tensor | None, row_sample: Tensor | None, offsets: Tensor | None,
-    longest: int, fusion: str, wanted: Sequence[bool],
-) -> list[Tensor]:  # fmt: skip
-    tensors = (x, x_r, u, w, A, b_A, B, b_B)
+def _(*arguments: Any) -> list[Tensor]:
+    tensors, wanted = arguments[3:11], arguments[17]
+    A = tensors[4]
     return [
         A.new_empty(0) if tensor is None or not is_wanted else tensor.new_empty(tensor.shape)
         for tensor, is_wanted in zip(tensors, wanted, strict=True)

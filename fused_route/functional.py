@@ -7,15 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fused, known, reference
-from .arguments import (
-    as_routing_input,
-    check_base,
-    check_bias,
-    check_matrices,
-    check_routing_input,
-    check_segments,
-    check_tensors,
-)
+from .arguments import as_routing_input, check_adapter, check_linear
 from .checks import finite, one_of, probability
 from .context import RoutingInput
 from .reference import ACTIVATIONS, NO_DROPOUT, Dropout
@@ -78,15 +70,7 @@ def routed_linear(
     prepared = known.prepared(signature)
     if prepared is None:
         one_of("impl", impl, IMPLS)
-        if (weight is None) == (base_out is None):
-            raise ValueError("give exactly one of weight and base_out")
-        if bias is not None and weight is None:
-            raise ValueError("bias belongs to weight; base_out has its own in it already")
-        check_tensors(x_h, A=A, B=B, weight=weight, bias=bias)
-        check_routing_input(x_h, given, routing)
-        width = check_base(x_h, weight, bias, base_out)
-        check_segments(adapted, of, width)
-        check_matrices(A, B, x_h.shape[-1], width // of, len(adapted))
+        check_linear(x_h, A, B, given, routing, weight, bias, base_out, adapted, of)
         prepared = fused.prepare(
             impl, x_h, A, routing, given, dropout, base=base, activation="none",
             s=finite("s", s), segments=adapted, of=of, recompute=recompute,
@@ -143,11 +127,7 @@ def routed_adapter(
     if prepared is None:
         one_of("impl", impl, IMPLS)
         one_of("activation", activation, ACTIVATIONS)
-        check_tensors(x_h, A=A, B=B, b_A=b_A, b_B=b_B)
-        check_routing_input(x_h, given, routing)
-        check_matrices(A, B, x_h.shape[-1], x_h.shape[-1], 1)
-        check_bias("b_A", b_A, A.shape[0])
-        check_bias("b_B", b_B, x_h.shape[-1])
+        check_adapter(x_h, A, B, b_A, b_B, given, routing)
         prepared = fused.prepare(
             impl, x_h, A, routing, given, dropout, base="residual" if residual else "none",
             activation=activation, s=1.0, segments=(0,), of=1, recompute=recompute,

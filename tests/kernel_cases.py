@@ -143,3 +143,25 @@ def compared(
         results.append({"y": y.detach()} | {k: v.grad for k, v in t.items() if v.grad is not None})
     actual, truth, eager = results
     return actual, truth, eager
+
+
+def gradients(y: Tensor, t: dict[str, Tensor]) -> dict[str, Tensor]:
+    """y and all gradients for dy of ones to the eye, but not to a sum."""
+    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
+    wanted = {name: leaf for name, leaf in t.items() if leaf.requires_grad}
+    found = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True)
+    return {"y": y.detach()} | {
+        name: g for name, g in zip(wanted, found, strict=True) if g is not None
+    }
+
+
+def trained(layer: Layer, call: Call, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    given = leaves(layer, call, dtype)
+    return {k: v.requires_grad_(k not in ("weight", "bias")) for k, v in given.items()}
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name

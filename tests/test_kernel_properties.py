@@ -7,7 +7,17 @@ from unittest import mock
 
 import pytest
 import torch
-from kernel_cases import HOSTS, KERNEL_ROUTES, Call, Layer, compared, leaves, run
+from kernel_cases import (
+    HOSTS,
+    KERNEL_ROUTES,
+    Call,
+    Layer,
+    assert_equal,
+    compared,
+    gradients,
+    run,
+    trained,
+)
 from torch import Tensor, nn
 
 from fused_route import (
@@ -22,35 +32,12 @@ from fused_route import (
     routed_linear,
 )
 from fused_route.fusion import Fusion
-from fused_route.kernels import config
 from fused_route.plan import Plan, Wanted
 from fused_route.testing import assert_as_good_as_eager
 
 pytestmark = pytest.mark.interpret
 
 SIZES: dict[str, Any] = {"S": 2, "T": 21, "d": 48, "n": 40, "r": 6}
-
-
-def gradients(y: Tensor, t: dict[str, Tensor]) -> dict[str, Tensor]:
-    """y and all gradients for dy of ones to the eye, but not to a sum."""
-    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
-    wanted = {name: leaf for name, leaf in t.items() if leaf.requires_grad}
-    found = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True)
-    return {"y": y.detach()} | {
-        name: g for name, g in zip(wanted, found, strict=True) if g is not None
-    }
-
-
-def trained(layer: Layer, call: Call, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    torch.manual_seed(3)
-    given = leaves(layer, call, dtype)
-    return {k: v.requires_grad_(k not in ("weight", "bias")) for k, v in given.items()}
-
-
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
 
 
 def by_operator(plan: Plan, longest: int, *tensors: Any) -> Tensor:
@@ -70,100 +57,6 @@ def test_both_doors_give_the_same_bits(host: str, route: str, drops: bool) -> No
         with mock.patch.object(autograd.Routed, "apply", by_operator):
             traced = gradients(run(layer, call, t, p, "triton"), t)
         assert_equal(eager, traced)
-
-
-@contextmanager
-def tiles(**changes: int) -> Iterator[None]:
-    """Every row of the tile table with other blocks."""
-    table = {
-        kernel: {
-            key: tuple(config.Tile(**{**vars(tile), **changes}) for tile in pair)
-            for key, pair in rows.items()
-        }
-        for kernel, rows in config.TILES.items()
-    }
-    with mock.patch.object(config, "TILES", table), fresh_plans():
-        yield
-
-
-@contextmanager
-def fresh_plans() -> Iterator[None]:
-    from fused_route import known
-
-    with mock.patch.object(known, "_KNOWN", {}):
-        ops._plan.cache_clear()
-        yield
-    ops._plan.cache_clear()
-
-
-@pytest.mark.parametrize("blocks", [{"BM": 16, "BN": 16}, {"BM": 64, "BN": 32}, {"BN": 128}])
-def test_dropout_does_not_change_with_the_tiles(blocks: dict[str, int]) -> None:
-    layer, call = Layer("adapter", **SIZES), Call(Routing("gram"), drops=True)
-    t = trained(layer, call)
-    truth = gradients(run(layer, call, t, 0.25, "triton"), t)
-    with tiles(**blocks):
-        other = gradients(run(layer, call, t, 0.25, "triton"), t)
-    for name, tensor in truth.items():  # fp32: another order of the sums, but the same mask
-        assert torch.allclose(tensor, other[name], rtol=1e-4, atol=1e-4), name
-    assert not torch.equal(truth["y"], gradients(run(layer, call, t, 0.0, "triton"), t)["y"])
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_masks_keep_what_they_should(p: float) -> None:
-    shape = (200, 331)
-    masks = [
-        ops.keep_mask(torch.tensor([seed]), shape, p, stream).double()
-        for seed in (0, 1, 1 << 40)
-        for stream in ("x_h", "x_r")
-    ]
-    deviation = (p * (1 - p) / masks[0].numel()) ** 0.5
-    for mask in masks:
-        assert abs(float(mask.mean()) - (1 - p)) < 5 * deviation
-        for axis in (0, 1):
-            spread = (mask.mean(axis) - (1 - p)).square().mean().sqrt()
-            assert float(spread) < 1.3 * (p * (1 - p) / mask.shape[axis]) ** 0.5
-        for lag in (1, 2, 4, 8):  # neighbours share a call of the generator
-            both = (mask[:, lag:] * mask[:, :-lag]).mean()
-            assert abs(float(both) - (1 - p) ** 2) < 5 * deviation
-    for i, one in enumerate(masks):
-        for other in masks[i + 1 :]:
-            assert abs(float((one * other).mean()) - (1 - p) ** 2) < 5 * deviation
-
-
-def test_the_seed_comes_from_torch() -> None:
-    layer = RoutedAdapter(16, 4, dropout=0.5, impl="triton")
-    nn.init.normal_(layer.B)
-    layer.context.set(torch.randn(2, 16))
-    x_h = torch.randn(2, 5, 16)
-    torch.manual_seed(5)
-    first, second = layer(x_h), layer(x_h)
-    torch.manual_seed(5)
-    assert torch.equal(first, layer(x_h)) and not torch.equal(first, second)
-    state = torch.get_rng_state()
-    layer.eval()
-    assert torch.equal(layer(x_h), layer(x_h))
-    assert torch.equal(state, torch.get_rng_state()), "drew without dropping"
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_repeats_the_mask(use_reentrant: bool) -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    layer = RoutedLinear(nn.Linear(16, 8).requires_grad_(False), 4, dropout=0.5, impl="triton")
-    nn.init.normal_(layer.B)
-    layer.context.set(torch.randn(2, 16))
-    results = []
-    for checkpointed in (False, True):
-        torch.manual_seed(5)
-        x_h = torch.linspace(-1, 1, 160).view(2, 5, 16).requires_grad_()
-        y = checkpoint(layer, x_h, use_reentrant=use_reentrant) if checkpointed else layer(x_h)
-        torch.randn(3)  # what else a model draws
-        t = {"x_h": x_h, "A": layer.A, "B": layer.B}
-        for leaf in t.values():
-            leaf.grad = None
-        y.square().sum().backward()
-        results.append({name: leaf.grad.clone() for name, leaf in t.items()})  # type: ignore[union-attr]
-    assert_equal(*results)
 
 
 @pytest.mark.parametrize("host", HOSTS)
