@@ -45,22 +45,29 @@ def readable(tensor: Tensor) -> Tensor:
 
 
 def kept_for_backward(
-    t: Inputs, x_t: Tensor | None, x_v: Tensor | None
+    t: Inputs, x_t: Tensor | None, x_v: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """What backward reads: the inputs but for bias and base_out, then x_t and x_v."""
-    return (*t[:9], None, None, *t[11:], x_t, x_v)
+    """What backward reads for the needed gradients: of the inputs, then x_t and x_v.
+
+    x only for dA or to compute x_t anew, and then b_A too; never b_B, bias, base_out.
+    """
+    wanted = Wanted(*needs[:8])
+    x = t.x if wanted.A or x_t is None else None
+    b_A = t.b_A if x_t is None else None
+    weight = t.weight if wanted.x_h else None
+    return (x, *t[1:5], b_A, t.B, None, weight, None, None, *t[11:], x_t, x_v)
 
 
 class Routed(torch.autograd.Function):
     """y (…, of·N) of `Inputs`; differentiable once, in each of the first eight and base_out."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, longest: int, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, plan: Plan, longest: int, s: float, *tensors: Tensor | None) -> Tensor:
         t = all_readable(Inputs(*tensors))  # type: ignore[arg-type]
-        wants_x_t = plan.f.x_t == "saved" and any(ctx.needs_input_grad[2:10])
-        y, x_t, x_v = ops.forward(plan, t, longest, wants_x_t)
-        ctx.plan, ctx.longest = plan, longest
-        ctx.save_for_backward(*kept_for_backward(t, x_t, x_v))
+        needs = ctx.needs_input_grad[3:]
+        y, x_t, x_v = ops.forward(plan, t, longest, s, plan.f.x_t == "saved" and any(needs[:8]))
+        ctx.plan, ctx.longest, ctx.s = plan, longest, s
+        ctx.save_for_backward(*kept_for_backward(t, x_t, x_v, needs))
         return y
 
     @staticmethod
@@ -71,12 +78,11 @@ class Routed(torch.autograd.Function):
                 "their gradients: use impl='reference' for second derivatives"
             )
         *tensors, x_t, x_v = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:]
-        g = ops.backward(
-            ctx.plan, Inputs(*tensors), ctx.longest, readable(dy), x_t, x_v, Wanted(*needs[:8])
-        )
+        needs, t = ctx.needs_input_grad[3:], Inputs(*tensors)
+        wanted = Wanted(*needs[:8])
+        g = ops.backward(ctx.plan, t, ctx.longest, ctx.s, readable(dy), x_t, x_v, wanted)
         base_out = dy if needs[BASE_OUT] else None
-        return None, None, *g, None, None, base_out, None, None, None
+        return None, None, None, *g, None, None, base_out, None, None, None
 
 
 def _present(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
@@ -90,19 +96,19 @@ def forward_op(
     A: Tensor, b_A: Tensor | None, B: Tensor, b_B: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, base_out: Tensor | None,
     seed: Tensor | None, row_sample: Tensor | None, offsets: Tensor | None,
-    longest: int, fusion: str, want_x_t: bool,
+    longest: int, fusion: str, s: float, want_x_t: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, x_t, x_v) of `ops.forward` for the Fusion with this text; x_t and x_v may be empty."""
     t = Inputs(x, x_r, u, w, A, b_A, B, b_B, weight, bias, base_out, seed, row_sample, offsets)
     t = all_readable(t)
-    y, x_t, x_v = ops.forward(ops.plan_for(Fusion.of_text(fusion), t), t, longest, want_x_t)
+    y, x_t, x_v = ops.forward(ops.plan_for(Fusion.of_text(fusion), t), t, longest, s, want_x_t)
     x_t, x_v = _present((x_t, x_v), A)
     return y, x_t, x_v
 
 
 @forward_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    t, f, want_x_t = Inputs(*arguments[:14]), Fusion.of_text(arguments[15]), arguments[16]
+    t, f, want_x_t = Inputs(*arguments[:14]), Fusion.of_text(arguments[15]), arguments[17]
     columns = f.of * t.B.shape[0] // len(f.segments)
     like = {"frozen": t.x, "given": t.base_out, "residual": t.x, "none": t.A}[f.base]
     assert like is not None
@@ -120,16 +126,16 @@ def backward_op(
     x: Tensor, x_r: Tensor | None, u: Tensor | None, w: Tensor | None,
     A: Tensor, b_A: Tensor | None, B: Tensor, b_B: Tensor | None,
     weight: Tensor | None, seed: Tensor | None, row_sample: Tensor | None, offsets: Tensor | None,
-    longest: int, fusion: str, wanted: Sequence[bool],
+    longest: int, fusion: str, s: float, wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """`ops.backward`: eight gradients in the order of `Wanted`, empty where not wanted."""
     f = Fusion.of_text(fusion)
     t = Inputs(x, x_r, u, w, A, b_A, B, b_B, weight, None, None, seed, row_sample, offsets)
-    saved_x_t = x_t if f.x_t == "saved" else None
+    saved_x_t = x_t if x_t.numel() else None  # exported without gradients, it was not wanted
     saved_x_v = x_v if f.image == "owned" else None
     t = all_readable(t)
     g = ops.backward(
-        ops.plan_for(f, t), t, longest, readable(dy), saved_x_t, saved_x_v, Wanted(*wanted)
+        ops.plan_for(f, t), t, longest, s, readable(dy), saved_x_t, saved_x_v, Wanted(*wanted)
     )
     if f.image == "operand" and g.u is not None:
         g = g._replace(u=g.u.clone())  # du and dw share memory, which outputs of operators may not
@@ -138,7 +144,7 @@ def backward_op(
 
 @backward_op.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    tensors, wanted = arguments[3:11], arguments[17]
+    tensors, wanted = arguments[3:11], arguments[18]
     A = tensors[4]
     return [
         A.new_empty(0) if tensor is None or not is_wanted else tensor.new_empty(tensor.shape)
@@ -148,22 +154,21 @@ def _(*arguments: Any) -> list[Tensor]:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     t = Inputs(*inputs[:14])
-    ctx.longest, ctx.fusion, _ = inputs[14:]
-    ctx.save_for_backward(*kept_for_backward(t, *output[1:]))
+    ctx.settings = inputs[14:17]
+    _, x_t, x_v = output
+    # x, biases and all: the operator's arguments; a compiler saves what its backward pass reads
+    ctx.save_for_backward(*t[:9], *t[11:], x_t, x_v)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, x_t, x_v = ctx.saved_tensors
     needs = ctx.needs_input_grad
     nothing = (None,) * len(needs)
     if dy is None:
         return nothing
-    t = Inputs(*tensors)
+    *tensors, x_t, x_v = ctx.saved_tensors
     wanted = list(needs[:8])
-    gradients = backward_op(
-        dy, x_t, x_v, *t[:8], t.weight, *t[11:], ctx.longest, ctx.fusion, wanted
-    )
+    gradients = backward_op(dy, x_t, x_v, *tensors, *ctx.settings, wanted)
     by_place = [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
     base_out = dy if needs[BASE_OUT] else None
     return *by_place, None, None, base_out, *nothing[BASE_OUT + 1 :]
@@ -198,9 +203,16 @@ for _device in ("cpu", "cuda"):
     _library.impl("forward", _autocasting(_device), f"Autocast{_device.upper()}")
 
 
-def traced(f: Fusion, longest: int, t: Inputs) -> Tensor:
+def traced(f: Fusion, longest: int, s: float, t: Inputs) -> Tensor:
     """y by the operator, for compilers."""
     is_trained = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in t[:8]
     )
-    return forward_op(*t, longest, f.text(), is_trained and f.x_t == "saved")[0]
+    return forward_op(*t, longest, f.text(), s, is_trained and f.x_t == "saved")[0]
+
+
+def eager(plan: Plan, longest: int, s: float, t: Inputs) -> Tensor:
+    """y by the Function, or by nothing around the launches where no gradient is recorded."""
+    if torch.is_grad_enabled():
+        return Routed.apply(plan, longest, s, *t)
+    return ops.forward(plan, all_readable(t), longest, s, False)[0]

@@ -76,6 +76,8 @@ class RoutingInput:
         latest = sample_index.long().cummax(0).values  # padding belongs to the sample before it
         decreasing = ((sample_index < latest) & (sample_index != -1)).any()
         outside = (sample_index < -1).any() | (latest[-1:] >= B).any()
+        if B == 0 and sample_index.numel():
+            raise ValueError(f"x_r has no samples, sample_index has {sample_index.numel()} rows")
         if bool(decreasing | outside):
             raise ValueError(
                 f"sample_index must be non-decreasing, from 0 to B − 1 = {B - 1}, or −1 for "

@@ -1,6 +1,7 @@
 """Which calls the kernels cover. Each function returns what stands in the way, or None."""
 
 import importlib.util
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -14,7 +15,7 @@ from .routing import Routing
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_R = 256  # as in kernels/config.py, which is not imported for a question
-MAX_ROWS = 2**31 - 1
+MAX_ROWS = 2**31 - 2**15  # the last split of K3 ends a few blocks beyond M, in 32 bits
 
 # AMD's chips with matrix cores that Triton supports.
 AMD = ("gfx908", "gfx90a", "gfx942", "gfx950")
@@ -61,8 +62,7 @@ def emulates(device: torch.device) -> bool:
 
 
 def obstacle(
-    x_h: Tensor,
-    A: Tensor,
+    tensors: Mapping[str, Tensor | None],
     dtype: torch.dtype,
     routing: Routing,
     routing_input: RoutingInput | None,
@@ -70,14 +70,25 @@ def obstacle(
 ) -> str | None:
     """Why the kernels do not cover a call whatever the device, or None.
 
-    `dtype` is that of the products: that of x_h, or autocast's.
+    `tensors` are the call's, by name, x_h and A among them; `dtype` is that of the products: that
+    of x_h, or autocast's.
     """
-    if dtype not in DTYPES or x_h.dtype not in DTYPES:
-        return f"dtype {x_h.dtype if x_h.dtype not in DTYPES else dtype} is not one of {DTYPES}"
-    for name, tensor in (("x_h", x_h), ("A", A)):
-        is_plain = type(tensor) in (Tensor, Parameter)  # no shard, not quantised
-        if not is_plain and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        tensors = {name: tensors[name] for name in ("x_h", "A")}
+    elif torch._C._are_functorch_transforms_active():
+        return "torch.func transforms need derivatives of any order"
+    x_r = None if routing_input is None else routing_input.x_r
+    for name, tensor in {**tensors, "x_r": x_r}.items():
+        if tensor is None:
+            continue
+        if not torch.compiler.is_compiling() and type(tensor) not in (Tensor, Parameter):
             return f"{name} is a {type(tensor).__name__}; kernels read plain tensors"
+        if name in ("x_h", "base_out") and tensor.dtype not in DTYPES:
+            return f"{name} is {tensor.dtype}, not one of {DTYPES}"
+    if dtype not in DTYPES:
+        return f"products are of {dtype}, not one of {DTYPES}"
+    x_h, A = tensors["x_h"], tensors["A"]
+    assert x_h is not None and A is not None
     if A.shape[0] > MAX_R:
         return f"R = {A.shape[0]} bottleneck columns are more than {MAX_R}"
     if x_h.shape[:-1].numel() > MAX_ROWS:

@@ -61,19 +61,20 @@ def routed_linear(
     Raises:
         ValueError: an argument that does not fit; the message names it and what is accepted.
     """
-    routing, adapted = as_routing(route), tuple(adapted)
+    routing, adapted, s = as_routing(route), tuple(adapted), finite("s", s)
     given = as_routing_input(x_r, routing)
     base = "frozen" if weight is not None and _is_frozen(weight, bias) else "given"
-    tensors = (x_h, A, B, weight, bias, base_out)
-    settings = ("linear", routing, base, s, adapted, of, dropout, recompute, impl)
-    signature = known.signature(tensors, given, settings)
+    tensors = {"x_h": x_h, "A": A, "B": B, "weight": weight, "bias": bias, "base_out": base_out}
+    settings = ("linear", routing, base, adapted, of, dropout, recompute, impl)
+    signature = known.signature((*tensors.values(),), given, settings)
     prepared = known.prepared(signature)
     if prepared is None:
         one_of("impl", impl, IMPLS)
         check_linear(x_h, A, B, given, routing, weight, bias, base_out, adapted, of)
         prepared = fused.prepare(
-            impl, x_h, A, routing, given, dropout, base=base, activation="none",
-            s=finite("s", s), segments=adapted, of=of, recompute=recompute,
+            impl, tensors if base == "frozen" else {**tensors, "weight": None, "bias": None},
+            routing, given, dropout, base=base, activation="none", segments=adapted, of=of,
+            recompute=recompute,
         )  # fmt: skip
         known.remember(signature, prepared)
     if weight is not None and (base == "given" or prepared.fusion is None):
@@ -81,7 +82,7 @@ def routed_linear(
     if prepared.fusion is not None:
         if base == "given":
             weight = bias = None
-        return fused.run(prepared, routing, given, x_h, A, None, B, None, weight, bias, base_out)
+        return fused.run(prepared, routing, given, s, x_h, A, None, B, None, weight, bias, base_out)
     assert base_out is not None
     return reference.routed_linear(
         x_h, base_out, given, A, B, routing=routing, s=s, adapted=adapted, of=of,
@@ -122,19 +123,20 @@ def routed_adapter(
     routing = as_routing(route)
     given = as_routing_input(x_r, routing)
     settings = ("adapter", routing, activation, residual, dropout, recompute, impl)
-    signature = known.signature((x_h, A, b_A, B, b_B), given, settings)
+    tensors = {"x_h": x_h, "A": A, "B": B, "b_A": b_A, "b_B": b_B}
+    signature = known.signature((*tensors.values(),), given, settings)
     prepared = known.prepared(signature)
     if prepared is None:
         one_of("impl", impl, IMPLS)
         one_of("activation", activation, ACTIVATIONS)
         check_adapter(x_h, A, B, b_A, b_B, given, routing)
         prepared = fused.prepare(
-            impl, x_h, A, routing, given, dropout, base="residual" if residual else "none",
-            activation=activation, s=1.0, segments=(0,), of=1, recompute=recompute,
+            impl, tensors, routing, given, dropout, base="residual" if residual else "none",
+            activation=activation, segments=(0,), of=1, recompute=recompute,
         )  # fmt: skip
         known.remember(signature, prepared)
     if prepared.fusion is not None:
-        return fused.run(prepared, routing, given, x_h, A, b_A, B, b_B)
+        return fused.run(prepared, routing, given, 1.0, x_h, A, b_A, B, b_B)
     return reference.routed_adapter(
         x_h, given, A, b_A, B, b_B, routing=routing, activation=activation, residual=residual,
         dropout=_masks(dropout, x_h, given),

@@ -1,5 +1,6 @@
 """A call by kernels: whether it is one, its Fusion and plan, then its tensors to `autograd`."""
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -49,19 +50,24 @@ def products(dtype: torch.dtype, device: torch.device) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+# As `coverage.device_obstacle`: compilers call it, and keep what it said while they traced.
+products._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def takes_kernels(
     impl: str,
-    x_h: Tensor,
-    A: Tensor,
+    tensors: Mapping[str, Tensor | None],
+    device: torch.device,
+    dtype: torch.dtype,
     routing: Routing,
     given: RoutingInput | None,
     dropout: float | Dropout,
 ) -> bool:
     """Whether the kernels run this call; ValueError if they were asked for and cannot."""
-    if impl == "reference" or (impl == "auto" and x_h.device.type != "cuda"):
+    if impl == "reference" or (impl == "auto" and device.type != "cuda"):
         return False
-    why_not = coverage.obstacle(x_h, A, product_dtype(x_h), routing, given, dropout)
-    why_not = why_not or coverage.device_obstacle(x_h.device)
+    why_not = coverage.obstacle(tensors, dtype, routing, given, dropout)
+    why_not = why_not or coverage.device_obstacle(device)
     if impl == "triton" and why_not is not None:
         raise ValueError(
             f"impl='triton' cannot be honoured: {why_not}; use impl='reference' or 'auto'"
@@ -71,28 +77,28 @@ def takes_kernels(
 
 def prepare(
     impl: str,
-    x_h: Tensor,
-    A: Tensor,
+    tensors: Mapping[str, Tensor | None],
     routing: Routing,
     given: RoutingInput | None,
     dropout: float | Dropout,
     *,
     base: str,
     activation: str,
-    s: float,
     segments: tuple[int, ...],
     of: int,
     recompute: bool,
 ) -> Prepared:
-    """What a call that was checked is found to be.
+    """What a call that was checked is found to be; `tensors` are its own, by name.
 
     Raises:
         ValueError: kernels were asked for and do not cover it, or dropout is no probability.
     """
-    dtype = product_dtype(x_h)
+    x_h = tensors["x_h"]
+    assert x_h is not None
+    dtype, device = product_dtype(x_h), x_h.device
     if not isinstance(dropout, Dropout):
         dropout = probability("dropout", dropout)
-    if not takes_kernels(impl, x_h, A, routing, given, dropout):
+    if not takes_kernels(impl, tensors, device, dtype, routing, given, dropout):
         return Prepared(None, dtype)
     assert not isinstance(dropout, Dropout)  # covers no masks
     mix, u, w, first, image = "identity", "one", "plain", "none", "none"
@@ -103,8 +109,8 @@ def prepare(
             image, (mix, u, w) = "owned", OF_ONE_VECTOR[routing.route.name]
     fusion = Fusion(
         mix, u, w, first, 1 if routing.segments == "joint" else len(segments), image, base,
-        activation, s, dropout, segments, of, "recomputed" if recompute else "saved",
-        products(dtype, x_h.device),
+        activation, dropout, segments, of, "recomputed" if recompute else "saved",
+        products(dtype, device),
     )  # fmt: skip
     return Prepared(fusion, dtype)
 
@@ -113,6 +119,7 @@ def run(
     known: Prepared,
     routing: Routing,
     given: RoutingInput | None,
+    s: float,
     x_h: Tensor,
     A: Tensor,
     b_A: Tensor | None,
@@ -132,22 +139,24 @@ def run(
     x_r = u = w = row_sample = offsets = None
     longest = 0
     if given is not None:
-        row_sample, offsets, longest = given.row_sample, given.offsets, given.longest
+        row_sample, offsets = given.row_sample, given.offsets
         if f.image == "owned":
             x_r = one_vector(given.x_r, routing.pool)
         else:
             operand = prepared_operand(given, A, b_A, routing, f)
             f = f._replace(mix=operand.mix)
             u, w = vectors(operand, dtype)
+            if operand.mix == "matrix":  # the only one whose grid is by sample
+                longest = given.longest
     t = Inputs(x_h, x_r, u, w, A, b_A, B, b_B, weight, bias, base_out, seed, row_sample, offsets)
     if torch.compiler.is_compiling():
-        return autograd.traced(f, longest, t)
+        return autograd.traced(f, longest, s, t)
     plan = known.plan
     if plan is None:
         plan = ops.plan_for(f, t)
         if f is known.fusion:
             known.plan = plan
-    return autograd.Routed.apply(plan, longest, *t)
+    return autograd.eager(plan, longest, s, t)
 
 
 def cast(tensor: T, dtype: torch.dtype) -> T:

@@ -30,7 +30,7 @@ class Fusion(NamedTuple):
             gradient; "operand": u, w or K are given, and their gradients returned.
         base: what the update is added to: x_h ("residual"), nothing ("none"), a "frozen" linear
             layer that is part of the operation, or an output that was "given".
-        activation, s, p: activation of z, scale of the update, dropout probability.
+        activation, p: activation of z, dropout probability.
         segments, of: the column blocks of y that are adapted, of how many.
         x_t: "saved" for the backward pass, or "recomputed" there.
         products: fp32 products in "ieee" or "tf32".
@@ -44,7 +44,6 @@ class Fusion(NamedTuple):
     image: str
     base: str
     activation: str
-    s: float
     p: float
     segments: tuple[int, ...]
     of: int
@@ -56,7 +55,7 @@ class Fusion(NamedTuple):
         segments = ",".join(str(i) for i in self.segments)
         return (
             f"{self.mix} {self.u} {self.w} {self.first} {self.groups} {self.image} {self.base} "
-            f"{self.activation} {self.s!r} {self.p!r} {segments} {self.of} {self.x_t} "
+            f"{self.activation} {self.p!r} {segments} {self.of} {self.x_t} "
             f"{self.products}"
         )
 
@@ -64,11 +63,11 @@ class Fusion(NamedTuple):
     @cache
     def of_text(text: str) -> "Fusion":
         """The Fusion whose `text()` this is."""
-        mix, u, w, first, groups, image, base, activation, s, p, segments, of, x_t, products = (
+        mix, u, w, first, groups, image, base, activation, p, segments, of, x_t, products = (
             text.split()
         )
         return Fusion(
-            mix, u, w, first, int(groups), image, base, activation, float(s), float(p),
+            mix, u, w, first, int(groups), image, base, activation, float(p),
             tuple(int(i) for i in segments.split(",")), int(of), x_t, products,
         )  # fmt: skip
 

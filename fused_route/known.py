@@ -11,6 +11,8 @@ from .reference import Dropout
 
 # Emptied when full, which batches of ever new lengths bring about.
 MOST = 4096
+# Settings that equal, or hold, what they must not: True is 1, a tensor its address.
+UNSIGNED = (Dropout, Tensor)
 _KNOWN: dict[Any, Prepared] = {}
 
 
@@ -19,24 +21,27 @@ def signature(
 ) -> Any:
     """All that decides whether a call is sound and how it runs; None where nothing is kept.
 
-    Nothing is while a compiler traces, which keeps what it found itself, nor of masks for dropout,
-    which hold memory. What is not of the types it should be gets no signature, but its checks.
+    Nothing is while a compiler traces, which keeps what it found itself, under torch.func, nor of
+    masks for dropout, which hold memory. What is not of the types it should be gets no signature,
+    but its checks.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     try:
         x_h = tensors[0]
         dtype = product_dtype(x_h)  # type: ignore[arg-type]
-        key: tuple[Any, ...] = (settings, dtype, products(dtype, x_h.device))  # type: ignore[union-attr]
-        key += tuple(None if t is None else (t.shape, t.dtype, t.device) for t in tensors)
+        device: torch.device = x_h.device  # type: ignore[union-attr]
+        casts = torch.is_autocast_enabled(device.type)
+        key: tuple[Any, ...] = (settings, casts, dtype, products(dtype, device))
+        key += tuple(None if t is None else (type(t), t.shape, t.dtype, t.device) for t in tensors)
         if given is not None:
             x_r, index = given.x_r, given.sample_index
             rows = None if index is None else index.shape
-            key += (x_r.shape, x_r.dtype, x_r.device, given.mask is None, rows)
+            key += (type(x_r), x_r.shape, x_r.dtype, x_r.device, given.mask is None, rows)
         hash(key)
     except (AttributeError, TypeError):
         return None
-    return None if any(isinstance(value, Dropout) for value in settings) else key
+    return None if any(isinstance(value, UNSIGNED) for value in settings) else key
 
 
 def prepared(signature: Any) -> Prepared | None:

@@ -138,10 +138,20 @@ def plain_base(base: object) -> tuple[Tensor | None, Tensor | None]:
     if not is_conv1d and type(base) is not nn.Linear:
         return None, None
     assert isinstance(base, nn.Module)
-    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks)
+    everywhere = torch.nn.modules.module
+    hooks = (
+        base._forward_hooks,
+        base._forward_pre_hooks,
+        base._backward_hooks,
+        base._backward_pre_hooks,
+        everywhere._global_forward_hooks,
+        everywhere._global_forward_pre_hooks,
+        everywhere._global_backward_hooks,
+        everywhere._global_backward_pre_hooks,
+    )
     weight, bias = base.weight, base.bias
     is_plain = type(weight) in (nn.Parameter, Tensor) and "forward" not in vars(base)
-    if any(hooks) or base._backward_pre_hooks or not is_plain:
+    if any(hooks) or not is_plain:
         return None, None
     assert isinstance(weight, Tensor) and isinstance(bias, (Tensor, type(None)))
     return (weight.T if is_conv1d else weight), bias

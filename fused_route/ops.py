@@ -31,6 +31,7 @@ class Inputs(NamedTuple):
     x (…, D), x_r (S, D) or (S, 1, D), u and w (S, R) or w = K (S, G, C, C), A (R, D), b_A (R,),
     B (g·N, r), b_B (N,); weight (of·N, D) and bias (of·N,) of a frozen base; base_out (…, of·N) of
     a given one; seed (1,) of dropout; row_sample (M,) and offsets (S + 1,) of packed sequences.
+    The backward pass may be without x, biases and base_out, where it does not read them.
     """
 
     x: Tensor
@@ -51,9 +52,9 @@ class Inputs(NamedTuple):
 
 @cache
 def _plan(f: Fusion, D: int, N: int, R: int, many: bool, *dtypes: torch.dtype | None) -> Plan:
-    """The plan for a Fusion, widths, and the dtypes of its tensors (A's first)."""
-    assert dtypes[0] is not None
-    return Plan(f, D, N, R, dtypes[0].itemsize, many)
+    """The plan for a Fusion, widths, and the dtypes of its tensors (A's and x's first)."""
+    assert dtypes[0] is not None and dtypes[1] is not None
+    return Plan(f, D, N, R, dtypes[0], dtypes[1], many)
 
 
 def plan_for(f: Fusion, t: Inputs) -> Plan:
@@ -61,28 +62,29 @@ def plan_for(f: Fusion, t: Inputs) -> Plan:
     R, D = t.A.shape
     return _plan(
         f, D, t.B.shape[0] // len(f.segments), R, is_many(t.x.numel() // D),
-        t.A.dtype, t.x.dtype,
-        None if t.x_r is None else t.x_r.dtype,
-        None if t.base_out is None else t.base_out.dtype,
-        *(None if tensor is None else tensor.dtype for tensor in (t.b_A, t.b_B, t.row_sample)),
+        t.A.dtype, t.x.dtype, t.B.dtype,
+        *(
+            None if tensor is None else tensor.dtype
+            for tensor in (t.x_r, t.u, t.w, t.b_A, t.b_B, t.base_out, t.row_sample)
+        ),
     )  # fmt: skip
 
 
-def sizes_of(plan: Plan, t: Inputs, longest: int) -> Sizes:
-    """How the rows of x belong to samples."""
+def sizes_of(plan: Plan, t: Inputs, M: int, longest: int) -> Sizes:
+    """How M rows belong to samples."""
     per_sample = t.x_r if t.x_r is not None else t.w
     S = 1 if per_sample is None else per_sample.shape[0]
-    return plan.sizes(t.x.numel() // plan.D, S, longest)
+    return plan.sizes(M, S, longest)
 
 
 def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
-    """A function of (plan, inputs, …), run with the device of x current: kernels launch there."""
+    """A function of (plan, inputs, …), run with the device of A current: kernels launch there."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        x = args[1].x  # type: ignore[attr-defined]
-        if x.is_cuda and x.get_device() != torch.cuda.current_device():
-            with torch.cuda.device(x.device):
+        A = args[1].A  # type: ignore[attr-defined]
+        if A.is_cuda and A.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(A.device):
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -91,10 +93,11 @@ def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
 
 @on_its_device
 def forward(
-    plan: Plan, t: Inputs, longest: int, want_x_t: bool
+    plan: Plan, t: Inputs, longest: int, s: float, want_x_t: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y (…, of·N), x_t (M, R) where it is wanted for the backward pass, and x_v (S, R) if owned."""
-    f, sizes, R = plan.f, sizes_of(plan, t, longest), plan.R
+    f, R = plan.f, plan.R
+    sizes = sizes_of(plan, t, t.x.numel() // plan.D, longest)
     u, w, x_v = t.u, t.w, None
     if f.image == "owned":
         assert t.x_r is not None
@@ -107,7 +110,7 @@ def forward(
         want_x_t,
         sizes.forward_grid,
         (t.x, t.A, t.b_A, u, w, t.B, t.b_B, base, y, x_t, t.seed, t.row_sample, t.offsets),
-        sizes.rows,
+        (*sizes.rows, s),
     )
     return y, x_t, x_v
 
@@ -153,24 +156,27 @@ def backward(
     plan: Plan,
     t: Inputs,
     longest: int,
+    s: float,
     dy: Tensor,
     x_t: Tensor | None,
     x_v: Tensor | None,
     wanted: Wanted,
 ) -> Gradients:
     """The wanted gradients from dy (…, of·N); x_t and x_v as `forward` returned them."""
-    f, sizes, new = plan.f, sizes_of(plan, t, longest), t.A.new_empty
+    f, new = plan.f, t.A.new_empty
+    sizes = sizes_of(plan, t, dy.numel() // dy.shape[-1], longest)
     M, R = sizes.M, plan.R
     if M == 0:
-        return _zeros(t, wanted)
+        return _zeros(plan, t, dy, wanted)
     needs_dx_t = wanted.A or wanted.b_A
     needs_operand = wanted.u or wanted.w if f.image == "operand" else wanted.x_r or needs_dx_t
     needs_operand = needs_operand and f.mix != "identity"
     if not (wanted.x_h or wanted.B or needs_dx_t or needs_operand):  # b_B alone
-        return Gradients(None, None, None, None, *_weights(plan, t, sizes, wanted, dy))
+        return Gradients(None, None, None, None, *_weights(plan, t, sizes, wanted, s, dy))
 
     if x_t is None:
         x_t = new(M, R)
+        assert t.x is not None
         plan.project(t.x, t.A, t.b_A, t.seed, x_t, "x_h")
     dx_t = new(M, R) if needs_dx_t else None
     z = new(M, R) if wanted.B else None
@@ -180,17 +186,17 @@ def backward(
     elif needs_operand:
         count = 2 if f.image == "operand" and f.mix == "rank1" else 1
         partial = new(count, sizes.pairs, R, dtype=torch.float32)
-    dx, base = _input_gradient(f, t, dy, wanted.x_h)
+    dx, base = _input_gradient(plan, t, dy, wanted.x_h)
     u, w = (t.u, t.w) if f.image != "owned" else _of_x_v(f, x_v)
     du, dw = _du_dw(partial)
     plan.backward(
         wanted,
         sizes.backward_grid,
         (dy, x_t, t.A, u, w, t.B, base, dx, dx_t, z, dz, du, dw, t.seed, t.row_sample, t.offsets),
-        sizes.rows,
+        (*sizes.rows, s),
     )
     du, dw, dx_v, dx_r = _operand_gradients(plan, t, sizes, x_t, dz, partial, wanted)
-    return Gradients(dx, dx_r, du, dw, *_weights(plan, t, sizes, wanted, dy, z, dx_t, dx_v))
+    return Gradients(dx, dx_r, du, dw, *_weights(plan, t, sizes, wanted, s, dy, z, dx_t, dx_v))
 
 
 def _du_dw(stacked: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -201,16 +207,17 @@ def _du_dw(stacked: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _input_gradient(
-    f: Fusion, t: Inputs, dy: Tensor, is_wanted: bool
+    plan: Plan, t: Inputs, dy: Tensor, is_wanted: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx, and the base that K2 adds to: dy (residual), or dx as the frozen layer's GEMM left it."""
     if not is_wanted:
         return None, None
-    if f.base == "frozen":
+    if plan.f.base == "frozen":
         assert t.weight is not None
         dx = dy @ t.weight
         return dx, dx
-    return torch.empty_like(t.x), dy if f.base == "residual" else None
+    dx = dy.new_empty(*dy.shape[:-1], plan.D, dtype=plan.x_dtype)
+    return dx, dy if plan.f.base == "residual" else None
 
 
 def _operand_gradients(
@@ -244,6 +251,7 @@ def _weights(
     t: Inputs,
     sizes: Sizes,
     wanted: Wanted,
+    s: float,
     dy: Tensor,
     z: Tensor | None = None,
     dx_t: Tensor | None = None,
@@ -251,22 +259,27 @@ def _weights(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dA, db_A, dB, db_B."""
     dA = torch.empty_like(t.A) if wanted.A else None
-    db_A = torch.empty_like(t.b_A) if wanted.b_A and t.b_A is not None else None
+    db_A = t.A.new_empty(plan.R) if wanted.b_A else None
     dB = torch.empty_like(t.B) if wanted.B else None
-    db_B = torch.empty_like(t.b_B) if wanted.b_B and t.b_B is not None else None
+    db_B = t.B.new_empty(plan.g * plan.N) if wanted.b_B else None
     if wanted.A or wanted.b_A or wanted.B or wanted.b_B:
         sums = plan.sums(sizes, wanted, dx_v is not None)
         x_r = None if dx_v is None else t.x_r
-        inputs = (t.x, dx_t, x_r, dx_v, dy, z, t.seed)
-        plan.weight_gradients(sums, inputs, (dA, db_A, dB, db_B), dy)
+        inputs = (t.x if wanted.A else None, dx_t, x_r, dx_v, dy, z, t.seed)
+        plan.weight_gradients(sums, inputs, (dA, db_A, dB, db_B), s, dy)
     return dA, db_A, dB, db_B
 
 
-def _zeros(t: Inputs, wanted: Wanted) -> Gradients:
+def _zeros(plan: Plan, t: Inputs, dy: Tensor, wanted: Wanted) -> Gradients:
     """No rows: every gradient is zero."""
-    return Gradients(
-        *(
-            torch.zeros_like(tensor) if tensor is not None and is_wanted else None
-            for tensor, is_wanted in zip(t[:8], wanted, strict=True)
-        )
+    dx = dy.new_zeros(*dy.shape[:-1], plan.D, dtype=plan.x_dtype) if wanted.x_h else None
+    of_operands = (
+        torch.zeros_like(tensor) if tensor is not None and is_wanted else None
+        for tensor, is_wanted in zip((t.x_r, t.u, t.w), wanted[1:4], strict=True)
     )
+    shapes = (t.A.shape, (plan.R,), t.B.shape, (plan.g * plan.N,))
+    of_weights = (
+        t.A.new_zeros(shape) if is_wanted else None
+        for shape, is_wanted in zip(shapes, wanted[4:], strict=True)
+    )
+    return Gradients(dx, *of_operands, *of_weights)

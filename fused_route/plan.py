@@ -63,7 +63,7 @@ class Sizes(NamedTuple):
     """What follows from M rows of S samples: T each, or packed and `longest` at most.
 
     `pairs` counts the rows of the partial sums that K2 writes for one vector operand; `rows` are
-    the numbers that kernels over rows take.
+    the numbers that kernels over rows take, but for s.
     """
 
     M: int
@@ -93,19 +93,31 @@ class Plan:
     Args:
         f: what is the same for all calls.
         D, N, R: input width, columns of an adapted segment, bottleneck columns.
-        size: bytes of an element of A and B.
+        dtype, x_dtype: of A and B, and of x.
         many: whether there are enough rows to fill a GPU with large blocks.
     """
 
-    def __init__(self, f: Fusion, D: int, N: int, R: int, size: int, many: bool) -> None:
+    def __init__(
+        self,
+        f: Fusion,
+        D: int,
+        N: int,
+        R: int,
+        dtype: torch.dtype,
+        x_dtype: torch.dtype,
+        many: bool,
+    ) -> None:
         config = kernels().config
-        self.f, self.D, self.N, self.R = f, D, N, R
+        self.f, self.D, self.N, self.R, self.x_dtype = f, D, N, R, x_dtype
         self.g = len(f.segments)
         R_PAD = config.padded(R)
         suffix = "_matrix" if f.mix == "matrix" else ""
         self.tiles = {
             name: config.tile(
-                name + suffix if name in ("forward", "backward") else name, R_PAD, size, many
+                name + suffix if name in ("forward", "backward") else name,
+                R_PAD,
+                dtype.itemsize,
+                many,
             )
             for name in ("project", "forward", "backward", "vectors", "matrices", "weights")
         }
@@ -143,8 +155,8 @@ class Plan:
             BM = self.tiles[name].BM
             by_sample = (S, cdiv(longest or T, BM), 1)  # no block holds rows of two samples
             grids.append(by_sample if self.f.mix == "matrix" else (cdiv(M, BM), 1, 1))
-        pairs = cdiv(M, self.tiles["backward"].BM) + S
-        made = Sizes(M, S, T, pairs, grids[0], grids[1], (M, T, *self.dropout, self.f.s))
+        pairs = cdiv(cdiv(M, self.tiles["backward"].BM) + S, 4) * 4  # the second starts aligned
+        made = Sizes(M, S, T, pairs, grids[0], grids[1], (M, T, *self.dropout))
         self._sizes[M, S, longest] = made
         return made
 
@@ -217,7 +229,7 @@ class Plan:
             (sizes.M, sizes.S, rows_per_split, splits, visual, *self.dropout),
             add,
             (sum(cdiv(length, config.ADD.BN) for length in lengths), 1, 1),
-            (splits, visual, self.f.s),
+            (splits, visual),
         )
         self._sums[key] = made
         return made
@@ -238,9 +250,11 @@ class Plan:
         add = kernels().Launch(kernels().add, config.ADD, {**lengths, "BLOCK": config.ADD.BN})
         return partials, add, tuple(lengths.values())
 
-    def weight_gradients(self, sums: Sums, inputs: Given, outputs: Given, like: Tensor) -> None:
+    def weight_gradients(
+        self, sums: Sums, inputs: Given, outputs: Given, s: float, like: Tensor
+    ) -> None:
         """K3 with (x, dx_t, x_r, dx_v, dy, z, seed), then K4 to (dA, db_A, dB, db_B)."""
         partial = torch.empty(sums.length, dtype=torch.float32, device=like.device)
         tensors = (*inputs, partial)
         sums.partials(inputs[3] is None, sums.partials_grid, tensors, sums.partials_numbers)
-        sums.add(None, sums.add_grid, (partial, *outputs), sums.add_numbers)
+        sums.add(None, sums.add_grid, (partial, *outputs), (*sums.add_numbers, s))

@@ -64,13 +64,16 @@ def routed_forward(
     RANK: tl.constexpr = R // len(SEGMENTS)
     for i in tl.static_range(len(SEGMENTS)):
         own = (c >= i * RANK) & (c < (i + 1) * RANK)
+        own_z = z  # an infinity of another segment times its zero in B_T would be NaN
+        if len(SEGMENTS) > 1:
+            own_z = tl.where(own[None, :], z, 0.0).to(z.dtype)
         for n0 in range(0, N, BN):
             n = n0 + tl.arange(0, BN)
             B_T = tl.load(
                 B_ptr + (i * N + n)[None, :] * RANK + (c - i * RANK)[:, None],
                 mask=own[:, None] & (n < N)[None, :], other=0.0,
             )  # (R_PAD, BN), zero in the rows of other segments  # fmt: skip
-            y = tl.dot(z, B_T, input_precision=PRECISION) * s
+            y = tl.dot(own_z, B_T, input_precision=PRECISION) * s
             if b_B_ptr is not None:
                 y += tl.load(b_B_ptr + i * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
             place = row[:, None] * LDY + (SEGMENTS[i] * N + n)[None, :]

@@ -22,7 +22,8 @@ def transposed_product(
 
     wide: columns `first` … first + BN of the WIDTH that begin at `column` in rows of LDW (x, x_r or
     dy); narrow: the C columns from c0 on in rows of LDC (dx_t, dx_v or z), or None for the sums
-    alone. Those are a product with ones, 16 wide: no reduction across warps in each step.
+    alone. In 16 bits those are a product with ones, 16 wide, without a reduction across warps in
+    each step; fp32 is added as it is, for TF32 would round it.
     """
     n = first + tl.arange(0, BN)
     c = tl.arange(0, C_PAD)
@@ -37,16 +38,18 @@ def transposed_product(
         )  # (BM, BN)  # fmt: skip
         if seed_ptr is not None:
             wide = tl.where(kept(seed_ptr, row, first, threshold, STREAM, BM, BN), wide, 0.0)
+        if SUMS:
+            if wide_ptr.dtype.element_ty == tl.float32:
+                sums += tl.sum(wide, 0)[:, None]
+            else:
+                ones = tl.full([BM, 16], 1.0, tl.float32).to(wide.dtype)
+                sums = tl.dot(tl.trans(wide), ones, sums)
         if narrow_ptr is not None:
             narrow = tl.load(
                 narrow_ptr + row[:, None] * LDC + (c0 + c)[None, :],
                 mask=inside[:, None] & (c < C)[None, :], other=0.0,
             )  # (BM, C_PAD)  # fmt: skip
-            wide = wide.to(narrow.dtype)
-            acc = tl.dot(tl.trans(wide), narrow, acc, input_precision=PRECISION)
-        if SUMS:
-            ones = tl.full([BM, 16], 1.0, tl.float32).to(wide.dtype)
-            sums = tl.dot(tl.trans(wide), ones, sums, input_precision=PRECISION)
+            acc = tl.dot(tl.trans(wide.to(narrow.dtype)), narrow, acc, input_precision=PRECISION)
     return acc, sums
 
 

@@ -68,6 +68,28 @@ def unpoisoned() -> None:
     """For tests of compilers, which would trace what torch.empty is replaced by."""
 
 
+@pytest.fixture
+def launchable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch is one that compiled code could serve, which the interpreter would not mind.
+
+    Addresses are multiples of 16, and a `Launch` that is told the same pointers are absent gets the
+    same ones, of the same types, as before.
+    """
+    from fused_route.kernels.launch import Launch
+
+    launch = Launch.__call__
+    seen: dict[Any, Any] = {}
+
+    def checked(self: Launch, absent: Any, grid: Any, tensors: Any, numbers: Any) -> None:
+        assert all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+        types = tuple(None if t is None else t.dtype for t in tensors)
+        kinds = tuple(type(number) for number in numbers)
+        assert seen.setdefault((self, absent), (types, kinds)) == (types, kinds)
+        launch(self, absent, grid, tensors, numbers)
+
+    monkeypatch.setattr(Launch, "__call__", checked)
+
+
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     """Around interpreted kernels: unwritten memory is loud, arithmetic silent as in hardware."""
@@ -76,6 +98,7 @@ def as_on_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     if "unpoisoned" not in request.fixturenames:
         request.getfixturevalue("poisoned")
+        request.getfixturevalue("launchable")
     with np.errstate(all="ignore"):
         yield
 

@@ -36,7 +36,7 @@ def operation(base: str, image: str, mix: str, p: float, x_t: str = "saved") -> 
     u = leaf(S, R) if image == "operand" and mix == "rank1" else None
     w = leaf(S, 1, R, R) if mix == "matrix" else leaf(S, R)
     fusion = Fusion(
-        mix, "plain", "plain", "relu", 1, image, base, "gelu" if is_adapter else "none", 0.5, p,
+        mix, "plain", "plain", "relu", 1, image, base, "gelu" if is_adapter else "none", p,
         (0,), 1, x_t, "ieee",
     )  # fmt: skip
     return (
@@ -46,7 +46,7 @@ def operation(base: str, image: str, mix: str, p: float, x_t: str = "saved") -> 
         torch.randn(n, D) if base == "frozen" else None,
         torch.randn(n) if base == "frozen" else None,
         leaf(S, T, n) if base == "given" else None,
-        torch.tensor([123]) if p else None, None, None, 0, fusion.text(), x_t == "saved",
+        torch.tensor([123]) if p else None, None, None, 0, fusion.text(), 0.5, x_t == "saved",
     )  # fmt: skip
 
 
@@ -61,14 +61,14 @@ def test_opcheck(name: str, x_t: str) -> None:
     inputs = [t.detach() if isinstance(t, Tensor) else t for t in given]
     wanted = [t is not None for t in inputs[:8]]
     backward = (
-        torch.randn_like(y), saved_x_t.detach(), x_v.detach(), *inputs[:9], *inputs[11:16], wanted,
+        torch.randn_like(y), saved_x_t.detach(), x_v.detach(), *inputs[:9], *inputs[11:17], wanted,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fused_route.backward.default, backward)
 
 
 def test_text_of_a_fusion_is_the_fusion() -> None:
-    for s, p, segments in ((0.1 + 0.2, 1e-7, (0,)), (-3.0, 0.0, (2, 0))):
-        fusion = Fusion("scale", "one", "plain", "none", 2, "owned", "frozen", "none", s, p,
+    for p, segments in ((0.1 + 0.2, (0,)), (1e-7, (2, 0))):
+        fusion = Fusion("scale", "one", "plain", "none", 2, "owned", "frozen", "none", p,
                         segments, 3, "saved", "tf32")  # fmt: skip
         assert Fusion.of_text(fusion.text()) == fusion
 
@@ -139,6 +139,34 @@ def test_other_values_do_not_recompile(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("unpoisoned")
+def test_another_alpha_compiles() -> None:
+    layer = layer_of("linear")
+    layer.context.set(torch.randn(S, D))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = leaf(S, T, D)
+    for alpha in (1.0, 2.0, 3.0):
+        layer.alpha = alpha
+        for mine, eager in zip(results(compiled, layer, x), results(layer, layer, x), strict=True):
+            assert torch.allclose(mine, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("unpoisoned")
+def test_packed_rows_compile_once_whatever_their_lengths() -> None:
+    layer = layer_of("adapter")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for first in (1, 2, 4):
+        index = torch.tensor([0] * first + [1] * (6 - first))
+        layer.context.set(RoutingInput(torch.randn(2, D), sample_index=index))
+        x = leaf(6, D)
+        for mine, eager in zip(results(compiled, layer, x), results(layer, layer, x), strict=True):
+            assert torch.equal(mine, eager)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("unpoisoned")
 def test_other_lengths_recompile_once() -> None:
     """A second shape makes the sizes dynamic; a third and fourth are served by that."""
     layer = layer_of("adapter", "gram")
@@ -192,6 +220,22 @@ def test_export_of_an_inference_module(kind: str, route: str, tmp_path: Any) -> 
     for _ in range(2):
         x, image = torch.randn(S, T, D), torch.randn(S, 3, D)
         assert torch.equal(again(x, image), module(x, image))
+
+
+@pytest.mark.usefixtures("unpoisoned")
+def test_export_without_gradients_can_be_trained() -> None:
+    """The exported graph wants no x_t; a backward pass through it computes x_t anew."""
+    module = Routed(layer_of("linear"))
+    x, image = torch.randn(S, T, D), torch.randn(S, 1, D)
+    with torch.no_grad():
+        again = torch.export.export(module, (x, image)).module()
+    again(x, image).square().sum().backward()
+    module(x, image).square().sum().backward()
+    found = {name: p.grad for name, p in again.named_parameters() if p.grad is not None}
+    assert found
+    for name, parameter in module.named_parameters():
+        if name in found:
+            assert torch.equal(found[name], parameter.grad)  # type: ignore[arg-type]
 
 
 def test_functional_call_and_deepcopy() -> None:

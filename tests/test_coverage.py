@@ -16,6 +16,7 @@ from fused_route import (
     fused,
     known,
     ops,
+    routed_linear,
     scale,
 )
 from fused_route import routed_adapter as adapter
@@ -56,14 +57,37 @@ class Shard(torch.Tensor):
 def test_kernels_read_plain_tensors_only() -> None:
     refused("A is a Shard", A=A.as_subclass(Shard))
     refused("x_h is a Shard", x_h=X_H.as_subclass(Shard))
-    assert coverage.obstacle(
-        X_H, torch.nn.Parameter(A), torch.float32, Routing("none"), None, 0.0
-    ) is None  # fmt: skip
+    tensors = {"x_h": X_H, "A": torch.nn.Parameter(A), "B": None}
+    assert coverage.obstacle(tensors, torch.float32, Routing("none"), None, 0.0) is None
+    adapter(X_H, A, B, torch.randn(2, 8), impl="auto")  # a sound call vouches for plain ones only
+    refused("A is a Shard", A=A.as_subclass(Shard))
+
+
+def test_torch_func_takes_the_reference() -> None:
+    x_r = torch.randn(2, 8)
+    with mock.patch.object(coverage, "device_obstacle", return_value=None):
+
+        def loss(A: torch.Tensor, impl: str = "auto") -> torch.Tensor:
+            return adapter(X_H, A, B, x_r, impl=impl).sum()  # type: ignore[arg-type]
+
+        assert torch.func.grad(loss)(A).shape == A.shape
+        with pytest.raises(ValueError, match=r"torch\.func"):
+            torch.func.grad(lambda A: loss(A, "triton"))(A)
+
+
+def test_outputs_of_other_dtypes_are_the_references() -> None:
+    base_out = torch.randn(2, 3, 8, dtype=torch.float64)
+    x_r = torch.randn(2, 8)
+    with (
+        mock.patch.object(coverage, "device_obstacle", return_value=None),
+        pytest.raises(ValueError, match="base_out is"),
+    ):
+        routed_linear(X_H, A, torch.randn(8, 4), x_r, base_out=base_out, impl="triton")
 
 
 @pytest.mark.parametrize("current", [0, 1])
-def test_kernels_launch_on_the_device_of_x(current: int) -> None:
-    x = SimpleNamespace(is_cuda=True, get_device=lambda: 1, device="cuda:1")
+def test_kernels_launch_on_the_device_of_A(current: int) -> None:
+    A = SimpleNamespace(is_cuda=True, get_device=lambda: 1, device="cuda:1")
 
     @ops.on_its_device
     def launch(plan: Any, t: Any) -> str:
@@ -73,7 +97,7 @@ def test_kernels_launch_on_the_device_of_x(current: int) -> None:
         mock.patch.object(torch.cuda, "current_device", return_value=current),
         mock.patch.object(torch.cuda, "device") as guard,
     ):
-        assert launch(None, SimpleNamespace(x=x)) == "launched"
+        assert launch(None, SimpleNamespace(A=A)) == "launched"
     assert guard.called == (current != 1)
 
 
@@ -156,6 +180,25 @@ def test_calls_are_checked_whenever_anything_differs() -> None:
             adapter(**given)
 
 
+def test_autocast_vouches_for_nothing_outside_it() -> None:
+    x_h, x_r = X_H.bfloat16(), torch.randn(2, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        adapter(x_h, A, B, x_r)
+    with pytest.raises(ValueError, match="A is"):
+        adapter(x_h, A, B, x_r)
+
+
+def test_a_scale_that_changes_is_read_anew() -> None:
+    s = torch.tensor(1.0)
+    given: dict[str, Any] = {"x_r": torch.randn(2, 8), "base_out": torch.zeros(2, 3, 8)}
+    one = routed_linear(X_H, A, B, s=s, **given)  # type: ignore[arg-type]
+    s.mul_(3.0)
+    three = routed_linear(X_H, A, B, s=s, **given)  # type: ignore[arg-type]
+    assert torch.allclose(three, 3.0 * one)
+    with pytest.raises(ValueError, match="s must be"):
+        routed_linear(X_H, A, B, s=True, **given)
+
+
 def test_what_is_known_does_not_grow_without_end() -> None:
     with mock.patch.object(known, "_KNOWN", {}), mock.patch.object(known, "MOST", 3):
         for T in range(1, 9):
@@ -169,6 +212,12 @@ def test_what_is_known_does_not_grow_without_end() -> None:
 def test_tf32_only_where_torch_may() -> None:
     assert fused.products(torch.float32, torch.device("cpu")) == "ieee"
     assert fused.products(torch.bfloat16, GPU) == "ieee"
+    torch._dynamo.reset()
+    traced = torch.compile(
+        lambda x: x if fused.products(torch.float32, GPU) == "ieee" else -x, backend="eager",
+        fullgraph=True,
+    )  # fmt: skip
+    assert torch.equal(traced(A), A)
     with mock.patch.object(torch.version, "hip", None):
         before = torch.backends.cuda.matmul.fp32_precision
         try:

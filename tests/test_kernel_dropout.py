@@ -8,9 +8,11 @@ from unittest import mock
 import pytest
 import torch
 from kernel_cases import Call, Layer, assert_equal, gradients, run, trained
+from tiny_kernels import store_mask
 from torch import nn
 
 from fused_route import RoutedAdapter, RoutedLinear, Routing, ops
+from fused_route.dropout import threshold
 from fused_route.kernels import config
 
 pytestmark = pytest.mark.interpret
@@ -52,6 +54,15 @@ def test_dropout_does_not_change_with_the_tiles(blocks: dict[str, int]) -> None:
     for name, tensor in truth.items():  # fp32: another order of the sums, but the same mask
         assert torch.allclose(tensor, other[name], rtol=1e-4, atol=1e-4), name
     assert not torch.equal(truth["y"], gradients(run(layer, call, t, 0.0, "triton"), t)["y"])
+
+
+def test_the_mask_is_the_same_in_torch_bit_by_bit() -> None:
+    """4 million elements: at a threshold of 2⁻³ some 64 have just its bits, and are kept."""
+    rows, columns, p = 2048, 2048, 0.125
+    seed = torch.tensor([0x1234_5678_9ABC_DEF])
+    found = torch.zeros(rows, columns, dtype=torch.bool)
+    store_mask[(8, 8)](seed, found, threshold(p), columns, 256, 256)
+    assert torch.equal(found, ops.keep_mask(seed, (rows, columns), p, "x_r"))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

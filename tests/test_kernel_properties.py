@@ -31,7 +31,7 @@ from fused_route import (
     routed_adapter,
     routed_linear,
 )
-from fused_route.fusion import Fusion
+from fused_route.fusion import OF_ONE_VECTOR, Fusion
 from fused_route.plan import Plan, Wanted
 from fused_route.testing import assert_as_good_as_eager
 
@@ -40,8 +40,8 @@ pytestmark = pytest.mark.interpret
 SIZES: dict[str, Any] = {"S": 2, "T": 21, "d": 48, "n": 40, "r": 6}
 
 
-def by_operator(plan: Plan, longest: int, *tensors: Any) -> Tensor:
-    return autograd.traced(plan.f, longest, ops.Inputs(*tensors))
+def by_operator(plan: Plan, longest: int, s: float, *tensors: Any) -> Tensor:
+    return autograd.traced(plan.f, longest, s, ops.Inputs(*tensors))
 
 
 @pytest.mark.parametrize("drops", [False, True])
@@ -285,25 +285,28 @@ def untouched(rows: int, columns: int) -> Tensor:
 def test_row_offsets_beyond_two_to_the_31() -> None:
     """The last of 2³¹ + 640 elements of x, alone: the interpreter would take days for all."""
     D, R, M = 16, 16, 2**27 + 40
-    x, y = untouched(M, D), untouched(M, D)
+    x, y, x_t = untouched(M, D), untouched(M, D), untouched(M, R)
     x[-40:] = torch.randn(40, D)
     A, B = torch.randn(R, D).half(), torch.randn(D, R).half()
-    f = Fusion("identity", "one", "plain", "none", 1, "none", "residual", "none", 1.0, 0.0, (0,), 1,
+    f = Fusion("identity", "one", "plain", "none", 1, "none", "residual", "none", 0.0, (0,), 1,
                "saved", "ieee")  # fmt: skip
     t = ops.Inputs(x, None, None, None, A, None, B, *[None] * 7)
     plan = ops.plan_for(f, t)
     sizes = plan.sizes(M, 1, 0)
     with last_blocks_only():
         tensors = (x, A, None, None, None, B, None, x, y, None, None, None, None)
-        plan.forward(False, sizes.forward_grid, tensors, sizes.rows)
+        plan.forward(False, sizes.forward_grid, tensors, (*sizes.rows, 1.0))
+        plan.project(x, A, None, None, x_t, "x_h")
     tail = x[-40:].double()
     expected = tail + (tail @ A.double().T).half().double() @ B.double().T
     assert torch.allclose(y[-40:].double(), expected, rtol=1e-2, atol=2e-2)
 
-    dx, x_t = untouched(M, D), untouched(M, R)
+    assert torch.allclose(x_t[-40:].double(), tail @ A.double().T, rtol=1e-2, atol=2e-2)
+
+    dx = untouched(M, D)
     with last_blocks_only():
         given = (x, x_t, A, None, None, B, x, dx, *[None] * 8)  # dy = x
-        plan.backward(Wanted(True, *[False] * 7), sizes.backward_grid, given, sizes.rows)
+        plan.backward(Wanted(True, *[False] * 7), sizes.backward_grid, given, (*sizes.rows, 1.0))
     expected = tail + (tail @ B.double()).half().double() @ A.double()
     assert torch.allclose(dx[-40:].double(), expected, rtol=1e-2, atol=2e-2)
 
@@ -334,6 +337,41 @@ def test_images_at_2_to_the_31_are_refused() -> None:
     x_h = torch.empty(1, 1).expand(2**31, 1)
     with pytest.raises(ValueError, match="rows are more than"):
         routed_adapter(x_h, torch.ones(1, 1), torch.ones(1, 1), route="none", impl="triton")
+
+
+@pytest.mark.parametrize("route", ["gram", "mul"])
+def test_the_mix_starts_from_what_is_saved(route: str) -> None:
+    """With B the identity y is z, rounded: exactly that of the rounded x_t which backward reads."""
+    x_h, A, x_r = torch.randn(2, 40, 16), 4.0 * torch.randn(16, 16), torch.randn(2, 1, 16)
+    x_h, A, x_r = x_h.bfloat16(), A.bfloat16(), x_r.bfloat16()
+    mix, u, w = OF_ONE_VECTOR[route]
+    f = Fusion(mix, u, w, "none", 1, "owned", "none", "none", 0.0, (0,), 1, "saved", "ieee")
+    t = ops.Inputs(x_h, x_r, None, None, A, None, torch.eye(16).bfloat16(), *[None] * 7)
+    y, x_t, x_v = ops.forward(ops.plan_for(f, t), t, 0, 1.0, True)
+    assert x_t is not None and x_v is not None
+    x, v = x_t.double().view(2, 40, 16), x_v.double()[:, None]
+    z = x * v if route == "mul" else (x * v).sum(-1, keepdim=True) * v
+    equal = y == z.bfloat16()
+    assert float(equal.double().mean()) > 0.99  # fp32 sums may fall on the other side of a tie
+
+
+@pytest.mark.parametrize("route", ["add", "gram_relu"])
+def test_nan_stays_nan(route: str) -> None:
+    x_h, A, B = torch.randn(2, 3, 16), torch.randn(4, 16), torch.randn(16, 4)
+    x_h[1, 2, 5] = torch.nan
+    y = routed_adapter(
+        x_h, A, B, torch.randn(2, 16), route=route, activation="relu", residual=False, impl="triton"
+    )
+    assert y[1, 2].isnan().all() and y.isnan().sum() == 16
+
+
+def test_an_infinity_stays_in_its_segment() -> None:
+    layer, call = Layer("qkv", **SIZES), Call(Routing("mul"))
+    t = {k: v.detach() for k, v in trained(layer, call, torch.float16).items()}
+    t["A"][: layer.r] *= 1e4  # what overflows is the first adapted segment, the last of y
+    ours, theirs = (run(layer, call, t, 0.0, impl) for impl in ("triton", "reference"))
+    assert not theirs.isfinite().all()
+    assert torch.equal(ours.isfinite(), theirs.isfinite())
 
 
 def test_beams_and_packed_rows_reach_the_kernels() -> None:

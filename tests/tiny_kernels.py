@@ -5,6 +5,8 @@
 import triton
 import triton.language as tl
 
+from fused_route.kernels.parts import kept
+
 
 @triton.jit
 def product(x, w, bias, y, M, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
@@ -35,3 +37,12 @@ def every_other(x, y, M, BLOCK: tl.constexpr):
     """y (M,) = x[::2]: narrow loads."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + row, tl.load(x + 2 * row, mask=row < M), mask=row < M)
+
+
+@triton.jit
+def store_mask(seed_ptr, out_ptr, threshold, D, BM: tl.constexpr, BK: tl.constexpr):
+    """out (·, D) bool = which elements dropout keeps, drawn as kernels draw them, stream 1."""
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    keep = kept(seed_ptr, row, tl.program_id(1) * BK, threshold, 1, BM, BK)
+    tl.store(out_ptr + row[:, None] * D + k[None, :], keep)
