@@ -9,9 +9,9 @@ READY := $(VENV)/.ready
 LINT_BUDGET := 60
 TYPES_BUDGET := 240
 TEST_BUDGET := 600
-INTERPRET_BUDGET := 420
-COMPILE_BUDGET := 420
-SLOW_BUDGET := 2400
+INTERPRET_BUDGET := 720
+COMPILE_BUDGET := 720
+SLOW_BUDGET := 7200
 
 KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py kernel_dropout.py compilers.py traffic.py \
 	launches.py interpreter_tools.py bench_tools.py gates.py host_cost.py)

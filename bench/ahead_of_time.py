@@ -178,7 +178,7 @@ def _amd(compiled: Any) -> Resources:
         stack=noted("private_segment_fixed_size"),
         shared=compiled.metadata.shared,
         ctas_per_sm=ctas_on_amd(compiled.metadata, noted("vgpr_count")),
-        spills=noted("vgpr_spill_count") + noted("sgpr_spill_count"),
+        spills=noted("vgpr_spill_count"),  # scalars spill to lanes of vectors, or show as stack
         matrix=len(re.findall(r"\bv_s?mfma", code)),
         wide_loads=sum(n for width, n in widths.items() if width >= 16),
         narrow_loads={width: n for width, n in sorted(widths.items()) if width < 16},

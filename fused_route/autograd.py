@@ -18,18 +18,23 @@ from .plan import Plan, Wanted
 
 # The first eight of `Inputs` have gradients, in the order of `Wanted`; that of base_out is dy.
 BASE_OUT = 10
-# Names of the inputs that kernels read; weight and bias only meet torch's own products.
-READ = tuple(None if name in ("weight", "bias") else name for name in Inputs._fields)
 
 
 def all_readable(t: Inputs) -> Inputs:
     """The same with everything that kernels read contiguous and aligned: all but weight, bias."""
-    changed = {
-        name: readable(tensor)
-        for name, tensor in zip(READ, t, strict=False)
-        if tensor is not None and name is not None and not is_readable(tensor)
-    }
-    return t._replace(**changed) if changed else t
+    for tensor in (*t[:8], *t[10:]):
+        if tensor is not None and not is_readable(tensor):
+            break
+    else:
+        return t
+    read = set(Inputs._fields) - {"weight", "bias"}
+    return t._replace(
+        **{
+            name: readable(tensor)
+            for name, tensor in t._asdict().items()
+            if name in read and tensor is not None
+        }
+    )
 
 
 def is_readable(tensor: Tensor) -> bool:
@@ -51,10 +56,10 @@ def kept_for_backward(
 
     x only for dA or to compute x_t anew, and then b_A too; never b_B, bias, base_out.
     """
-    wanted = Wanted(*needs[:8])
-    x = t.x if wanted.A or x_t is None else None
+    needs_x_h, needs_A = needs[0], needs[4]
+    x = t.x if needs_A or x_t is None else None
     b_A = t.b_A if x_t is None else None
-    weight = t.weight if wanted.x_h else None
+    weight = t.weight if needs_x_h else None
     return (x, *t[1:5], b_A, t.B, None, weight, None, None, *t[11:], x_t, x_v)
 
 

@@ -28,20 +28,23 @@ def signature(
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     try:
-        x_h = tensors[0]
-        dtype = product_dtype(x_h)  # type: ignore[arg-type]
-        device: torch.device = x_h.device  # type: ignore[union-attr]
+        device: torch.device = tensors[0].device  # type: ignore[union-attr]
         casts = torch.is_autocast_enabled(device.type)
-        key: tuple[Any, ...] = (settings, casts, dtype, products(dtype, device))
-        key += tuple(None if t is None else (type(t), t.shape, t.dtype, t.device) for t in tensors)
+        dtype = product_dtype(tensors[0]) if casts else tensors[0].dtype  # type: ignore[union-attr,arg-type]
+        key: list[Any] = [settings, casts, dtype]
+        if dtype is torch.float32:
+            key.append(products(dtype, device))
+        for t in tensors:
+            key += (None,) if t is None else (type(t), t.shape, t.dtype, t.device)
         if given is not None:
             x_r, index = given.x_r, given.sample_index
             rows = None if index is None else index.shape
             key += (type(x_r), x_r.shape, x_r.dtype, x_r.device, given.mask is None, rows)
-        hash(key)
+        signature = tuple(key)
+        hash(signature)
     except (AttributeError, TypeError):
         return None
-    return None if any(isinstance(value, UNSIGNED) for value in settings) else key
+    return None if any(isinstance(value, UNSIGNED) for value in settings) else signature
 
 
 def prepared(signature: Any) -> Prepared | None:

@@ -127,7 +127,8 @@ def _output(plan: Plan, t: Inputs) -> tuple[Tensor, Tensor | None]:
         return torch.empty_like(t.x), t.x
     if base == "frozen":
         assert t.weight is not None
-        y = F.linear(t.x, t.weight, t.bias)
+        # In three dimensions it is a view, and views that a Function returns are read-only.
+        y = F.linear(t.x, t.weight, t.bias).data
         return y, y
     if base == "none":
         return torch.empty_like(t.x, dtype=t.A.dtype), None

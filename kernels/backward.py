@@ -4,10 +4,12 @@ import triton
 import triton.language as tl
 
 from .parts import (
+    LONGEST_ROW,
     activate,
     activation_slope,
     block_of_rows,
     bottleneck_tile,
+    columns,
     kept,
     mix,
     mix_backward,
@@ -28,7 +30,9 @@ def up_backward(
     acc = tl.zeros([BM, R_PAD], tl.float32)
     for i in tl.static_range(len(SEGMENTS)):
         own = (c >= i * RANK) & (c < (i + 1) * RANK)
-        for n0 in range(0, N, BN):
+        # Grids have no third dimension, but the compiler does not know: ptxas unrolls all 12 steps
+        # of d = 768 where it sees their number, and R = 128 spills.
+        for n0 in range(0, N * tl.num_programs(2), BN):
             n = n0 + tl.arange(0, BN)
             dy = tl.load(
                 dy_ptr + row[:, None] * LDY + (SEGMENTS[i] * N + n)[None, :],
@@ -96,13 +100,18 @@ def down_backward(
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Writes dx (·, D) = base + keep ∘ (dx_t A) / (1 − p) for rows of dx_t (BM, R_PAD)."""
-    c = tl.arange(0, R_PAD)
+    SIZE: tl.constexpr = A_ptr.dtype.element_ty.primitive_bitwidth // 8
+    STEP: tl.constexpr = R_PAD if R_PAD * SIZE <= LONGEST_ROW else 32
     for k0 in range(0, D, BN):
         k = k0 + tl.arange(0, BN)
-        A = tl.load(
-            A_ptr + c[:, None] * D + k[None, :], mask=(c < R)[:, None] & (k < D)[None, :], other=0.0
-        )  # (R_PAD, BN)
-        dx = tl.dot(dx_t, A, input_precision=PRECISION)
+        dx = tl.zeros([BM, BN], tl.float32)
+        for c0 in range(0, R_PAD, STEP):
+            c = c0 + tl.arange(0, STEP)
+            A = tl.load(
+                A_ptr + c[:, None] * D + k[None, :],
+                mask=(c < R)[:, None] & (k < D)[None, :], other=0.0,
+            )  # (STEP, BN)  # fmt: skip
+            dx = tl.dot(columns(dx_t, c0, STEP), A, dx, input_precision=PRECISION)
         if seed_ptr is not None:
             keep = kept(seed_ptr, row, k0, threshold, STREAM, BM, BN)
             dx = tl.where(keep, dx * keep_scale, 0.0)
@@ -135,7 +144,7 @@ def routed_backward(
     row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)
     dz = up_backward(dy_ptr, B_ptr, row, inside, N, LDY, R, R_PAD, SEGMENTS, PRECISION, BM, BN) * s
     x_t = bottleneck_tile(x_t_ptr, row, inside, R, R_PAD)
-    z = mix(x_t, u_ptr, w_ptr, sample, routed, MIX, U, W, FIRST, PRECISION, G, R, R_PAD)
+    z = mix(x_t, u_ptr, w_ptr, sample, routed, MIX, U, W, FIRST, PRECISION, G, R, R_PAD, 128)
 
     c = tl.arange(0, R_PAD)
     place = row[:, None] * R + c[None, :]

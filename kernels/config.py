@@ -2,7 +2,7 @@
 
 A row is chosen by R_PAD (R padded to a power of two), by the bytes of an element of A and B, and by
 whether there are enough rows to fill a GPU with large blocks. The table serves every GPU from
-sm_80 on, and AMD's gfx942 with `AMD_STAGES`; `python -m bench gates` compiles all of it and shows
+sm_80 on, and AMD's with `amd_warps`; `python -m bench gates` compiles all of it and shows
 registers, spills and shared memory. Why the tiles are what they are: README.md beside this file.
 """
 
@@ -16,9 +16,6 @@ MANY_ROWS = 8192
 # Programs that K3 aims for: two for each of an H100's 132 multiprocessors. A constant, not a
 # property of the device, so that sums have the same order, hence the same bits, on every GPU.
 WEIGHT_PROGRAMS = 264
-
-# gfx942 has 64 KB of shared memory a compute unit: loads are not staged further ahead than this.
-AMD_STAGES = 1
 
 
 @dataclass(frozen=True)
@@ -50,49 +47,49 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
         (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
         (32, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
         (64, 2): (Tile(32, 64, 4, 3), Tile(128, 64, 8, 3)),
-        (128, 2): (Tile(32, 32, 4, 2), Tile(128, 64, 8, 2)),
-        (256, 2): (Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
+        (128, 2): (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2)),
+        (256, 2): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
-        (128, 4): (Tile(16, 32, 8, 2), Tile(32, 32, 8, 2)),
-        (256, 4): (Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
+        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        (128, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (256, 4): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     },
     "forward_matrix": {
         (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
         (32, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
         (64, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
         (128, 2): (Tile(32, 32, 4, 2), Tile(64, 64, 8, 2)),
-        (256, 2): (Tile(16, 64, 8, 2), Tile(16, 64, 8, 2)),
+        (256, 2): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
-        (128, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-        (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (64, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+        (128, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+        (256, 4): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     },
     "backward": {
         (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
         (32, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
         (64, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
-        (128, 2): (Tile(32, 32, 4, 2), Tile(64, 64, 8, 2)),
-        (256, 2): (Tile(16, 64, 8, 2), Tile(32, 64, 8, 2)),
+        (128, 2): (Tile(16, 64, 4, 2), Tile(64, 64, 8, 2)),
+        (256, 2): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
-        (128, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-        (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (64, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (128, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+        (256, 4): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     },
     "backward_matrix": {
         (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
         (32, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
         (64, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
-        (128, 2): (Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
-        (256, 2): (Tile(16, 64, 8, 2), Tile(16, 64, 8, 2)),
+        (128, 2): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+        (256, 2): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
-        (128, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-        (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (64, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (128, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+        (256, 4): (Tile(16, 64, 8, 1), Tile(16, 64, 8, 1)),
     },
     "vectors": {
         (16, 2): (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3)),
@@ -120,14 +117,14 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
         (256, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     },
     "weights": {
-        (16, 2): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
-        (32, 2): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
-        (64, 2): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 2)),
+        (16, 2): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (32, 2): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+        (64, 2): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
         (128, 2): (Tile(32, 64, 4, 3), Tile(64, 128, 8, 2)),
         (256, 2): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         (16, 4): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
         (32, 4): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
-        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
+        (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (128, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
         (256, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
     },
@@ -145,3 +142,8 @@ def padded(R: int) -> int:
 def tile(kernel: str, R_PAD: int, size: int, many: bool) -> Tile:
     """The tile of a kernel; `size` is the bytes of an element of A and B."""
     return TILES[kernel][R_PAD, size][many]
+
+
+def amd_warps(warps: int) -> int:
+    """Warps of the same number of threads on AMD, where a warp has 64."""
+    return max(1, warps // 2)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .parts import activate, block_of_rows, down, mix
+from .parts import LONGEST_ROW, activate, block_of_rows, columns, down, mix
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -57,23 +57,28 @@ def routed_forward(
         tl.store(x_t_ptr + row[:, None] * R + c[None, :], rounded, mask=fits)
     z = mix(
         rounded.to(tl.float32), u_ptr, w_ptr, sample, routed,
-        MIX, U, W, FIRST, PRECISION, G, R, R_PAD,
+        MIX, U, W, FIRST, PRECISION, G, R, R_PAD, 256,
     )  # fmt: skip
     z = activate(z, ACTIVATION).to(B_ptr.dtype.element_ty)  # (BM, R_PAD)
 
     RANK: tl.constexpr = R // len(SEGMENTS)
+    SIZE: tl.constexpr = B_ptr.dtype.element_ty.primitive_bitwidth // 8
+    STEP: tl.constexpr = R_PAD if R_PAD * SIZE <= LONGEST_ROW else 32
     for i in tl.static_range(len(SEGMENTS)):
-        own = (c >= i * RANK) & (c < (i + 1) * RANK)
-        own_z = z  # an infinity of another segment times its zero in B_T would be NaN
-        if len(SEGMENTS) > 1:
-            own_z = tl.where(own[None, :], z, 0.0).to(z.dtype)
+        own_z = z
+        if len(SEGMENTS) > 1:  # an infinity of another segment times its zero in B_T would be NaN
+            own_z = tl.where(((c >= i * RANK) & (c < (i + 1) * RANK))[None, :], z, 0.0).to(z.dtype)
         for n0 in range(0, N, BN):
             n = n0 + tl.arange(0, BN)
-            B_T = tl.load(
-                B_ptr + (i * N + n)[None, :] * RANK + (c - i * RANK)[:, None],
-                mask=own[:, None] & (n < N)[None, :], other=0.0,
-            )  # (R_PAD, BN), zero in the rows of other segments  # fmt: skip
-            y = tl.dot(own_z, B_T, input_precision=PRECISION) * s
+            y = tl.zeros([BM, BN], tl.float32)
+            for c0 in range(0, R_PAD, STEP):
+                k = c0 + tl.arange(0, STEP) - i * RANK
+                B_T = tl.load(
+                    B_ptr + (i * N + n)[None, :] * RANK + k[:, None],
+                    mask=((k >= 0) & (k < RANK))[:, None] & (n < N)[None, :], other=0.0,
+                )  # (STEP, BN), zero in the rows of other segments  # fmt: skip
+                y = tl.dot(columns(own_z, c0, STEP), B_T, y, input_precision=PRECISION)
+            y = y * s
             if b_B_ptr is not None:
                 y += tl.load(b_B_ptr + i * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
             place = row[:, None] * LDY + (SEGMENTS[i] * N + n)[None, :]

@@ -11,7 +11,7 @@ from typing import Any
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from .config import Tile
+from .config import Tile, amd_warps
 
 
 class Launch:
@@ -65,6 +65,7 @@ class Launch:
             self.kernel[grid](*tensors, *numbers, **self.constants, **self.options)
 
         if driver.active.get_current_target().backend != "cuda":
+            self.options["num_warps"] = amd_warps(self.options["num_warps"])
             return slowly
         types = [None if tensor is None else tensor.dtype for tensor in tensors]
         compiled = self.kernel.warmup(*types, *numbers, grid=(1,), **self.constants, **self.options)

@@ -149,41 +149,49 @@ def group_sums(values, G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr):
     return sums
 
 
+# Bytes of a bottleneck row up to which its products with B and A are made whole. Beyond, which is
+# fp32 at R = 256, 32 columns at a time: an IEEE product holds both its operands in registers, and
+# spilled 1,800 times.
+LONGEST_ROW = tl.constexpr(512)
+
+
 @triton.jit
-def times_matrix(
-    x, K_ptr, first, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
-    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
-):  # fmt: skip
-    """Columns first … first + WIDTH of x K, or of x Kᵀ, with K block-diagonal from (G, C, C)."""
-    C: tl.constexpr = R // G
-    i = tl.arange(0, R_PAD)[:, None]
-    j = (first + tl.arange(0, WIDTH))[None, :]
-    mask = (i // C == j // C) & (i < R) & (j < R)
-    if TRANSPOSED:
-        place = (i // C) * C * C + (j % C) * C + i % C
-    else:
-        place = (i // C) * C * C + (i % C) * C + j % C
-    K = tl.load(K_ptr + place, mask=mask, other=0.0)  # (R_PAD, WIDTH)
-    return tl.dot(x.to(K.dtype), K, input_precision=PRECISION)
+def columns(x, first, WIDTH: tl.constexpr):
+    """Columns first … first + WIDTH of a tile (BM, ·) in registers: all of them, or by shuffles."""
+    part = x
+    if x.shape[1] > WIDTH:
+        index = tl.zeros([x.shape[0], 1], tl.int32) + (first + tl.arange(0, WIDTH))[None, :]
+        part = tl.gather(x, index, 1)
+    return part
 
 
 @triton.jit
 def matrix_mix(
     x, K_ptr, sample, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
-    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """x K, or x Kᵀ (BM, R_PAD), with the K (S, G, C, C) of the one sample these rows belong to.
 
-    From R_PAD = 256 on in two halves: K whole in fp32 would take all 256 KB of shared memory.
+    K, block-diagonal from (G, C, C), is taken whole where its rows have at most WHOLE bytes, else
+    32 rows at a time: what a thread holds of it and of x then does not grow with R. Whole it made
+    IEEE products of fp32 spill 450 times at R = 64, and fp32 at R = 256 take 256 KB of shared
+    memory. Columns of x are gathered by shuffles, 130 a step at R = 128: no gain where K fits.
     """
-    own_K_ptr = K_ptr + tl.max(sample, 0).to(tl.int64) * (R * (R // G))
-    if R_PAD < 256:
-        z = times_matrix(x, own_K_ptr, 0, R_PAD, TRANSPOSED, PRECISION, G, R, R_PAD)
-    else:
-        HALF: tl.constexpr = R_PAD // 2
-        left = times_matrix(x, own_K_ptr, 0, HALF, TRANSPOSED, PRECISION, G, R, R_PAD)
-        right = times_matrix(x, own_K_ptr, HALF, HALF, TRANSPOSED, PRECISION, G, R, R_PAD)
-        z = tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [x.shape[0], R_PAD])
+    C: tl.constexpr = R // G
+    SIZE: tl.constexpr = K_ptr.dtype.element_ty.primitive_bitwidth // 8
+    ROWS: tl.constexpr = R_PAD if R_PAD * SIZE <= WHOLE else 32
+    own_K_ptr = K_ptr + tl.max(sample, 0).to(tl.int64) * (R * C)
+    j = tl.arange(0, R_PAD)[None, :]
+    z = tl.zeros_like(x)
+    for i0 in range(0, R_PAD, ROWS):
+        i = (i0 + tl.arange(0, ROWS))[:, None]
+        mask = (i // C == j // C) & (i < R) & (j < R)
+        if TRANSPOSED:
+            place = (i // C) * C * C + (j % C) * C + i % C
+        else:
+            place = (i // C) * C * C + (i % C) * C + j % C
+        K = tl.load(own_K_ptr + place, mask=mask, other=0.0)  # (ROWS, R_PAD)
+        z = tl.dot(columns(x, i0, ROWS).to(K.dtype), K, z, input_precision=PRECISION)
     return z
 
 
@@ -192,6 +200,7 @@ def mix(
     x_t, u_ptr, w_ptr, sample, routed,
     MIX: tl.constexpr, U: tl.constexpr, W: tl.constexpr, FIRST: tl.constexpr,
     PRECISION: tl.constexpr, G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """z (BM, R_PAD) = mix(first(x_t), operand); rows that are not routed keep x_t.
 
@@ -201,7 +210,7 @@ def mix(
     if MIX == "identity":
         z = x
     elif MIX == "matrix":
-        z = matrix_mix(x, w_ptr, sample, False, PRECISION, G, R, R_PAD)
+        z = matrix_mix(x, w_ptr, sample, False, PRECISION, G, R, R_PAD, WHOLE)
     else:
         w = vector_operand(w_ptr, sample, routed, W, R, R_PAD)
         if MIX == "shift":
@@ -225,7 +234,7 @@ def mix_backward(
     shift dz, scale dz ∘ w, rank1 ⟨dz, w⟩ u, matrix dz Kᵀ.
     """
     if MIX == "matrix":
-        dx = matrix_mix(dz, w_ptr, sample, True, PRECISION, G, R, R_PAD)
+        dx = matrix_mix(dz, w_ptr, sample, True, PRECISION, G, R, R_PAD, 128)
     elif MIX == "scale":
         dx = dz * vector_operand(w_ptr, sample, routed, W, R, R_PAD)
     elif MIX == "rank1":

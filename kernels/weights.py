@@ -18,17 +18,17 @@ def transposed_product(
     C_PAD: tl.constexpr, SUMS: tl.constexpr, STREAM: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Σ over rows start … stop of wideᵀ narrow (BN, C_PAD); with SUMS, of wide too (BN, 16).
+    """Σ over rows start … stop of wideᵀ narrow (BN, C_PAD); with SUMS, of wide too (BN,).
 
     wide: columns `first` … first + BN of the WIDTH that begin at `column` in rows of LDW (x, x_r or
     dy); narrow: the C columns from c0 on in rows of LDC (dx_t, dx_v or z), or None for the sums
-    alone. In 16 bits those are a product with ones, 16 wide, without a reduction across warps in
-    each step; fp32 is added as it is, for TF32 would round it.
+    alone. Those are added up tile on tile and reduced at the end. As a product with ones they would
+    be rounded by TF32, and give the product beside it a layout that spills on sm_80 at R = 256.
     """
     n = first + tl.arange(0, BN)
     c = tl.arange(0, C_PAD)
     acc = tl.zeros([BN, C_PAD], tl.float32)
-    sums = tl.zeros([BN, 16], tl.float32)
+    sums = tl.zeros([BM, BN], tl.float32)
     for m0 in range(start, stop, BM):
         row = (m0 + tl.arange(0, BM)).to(tl.int64)
         inside = row < stop
@@ -39,18 +39,14 @@ def transposed_product(
         if seed_ptr is not None:
             wide = tl.where(kept(seed_ptr, row, first, threshold, STREAM, BM, BN), wide, 0.0)
         if SUMS:
-            if wide_ptr.dtype.element_ty == tl.float32:
-                sums += tl.sum(wide, 0)[:, None]
-            else:
-                ones = tl.full([BM, 16], 1.0, tl.float32).to(wide.dtype)
-                sums = tl.dot(tl.trans(wide), ones, sums)
+            sums += wide.to(tl.float32)
         if narrow_ptr is not None:
             narrow = tl.load(
                 narrow_ptr + row[:, None] * LDC + (c0 + c)[None, :],
                 mask=inside[:, None] & (c < C)[None, :], other=0.0,
             )  # (BM, C_PAD)  # fmt: skip
             acc = tl.dot(tl.trans(wide.to(narrow.dtype)), narrow, acc, input_precision=PRECISION)
-    return acc, sums
+    return acc, tl.sum(sums, 0)
 
 
 @triton.jit
@@ -150,7 +146,7 @@ def weight_partials(
                 tl.store(dB_ptr + place, acc, mask=(n < N)[:, None] & (c < RANK)[None, :])
             if WANT_b_B:
                 place = split * (len(SEGMENTS) * N) + i * N + n
-                tl.store(db_B_ptr + place, tl.sum(sums, 1) * 0.0625, mask=n < N)
+                tl.store(db_B_ptr + place, sums, mask=n < N)
 
 
 @triton.jit

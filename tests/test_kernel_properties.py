@@ -184,6 +184,17 @@ def test_what_is_not_needed_may_change() -> None:
     assert torch.equal(y, 2.0 * before)
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_outputs_may_be_changed_in_place(host: str) -> None:
+    layer, call = Layer(host, **SIZES), Call(Routing("mul"))
+    t = trained(layer, call)
+    y = run(layer, call, t, 0.0, "triton")
+    expected = gradients(2.0 * y, t)
+    y = run(layer, call, t, 0.0, "triton")
+    y.mul_(2.0)
+    assert_equal(expected, gradients(y, t))
+
+
 def test_the_base_output_given_is_not_written() -> None:
     for host in ("given", "given_qkv"):
         layer, call = Layer(host, **SIZES), Call(Routing("mul"))

@@ -1,0 +1,225 @@
+"""The gates: every kernel that the library launches, compiled for GPUs that are not here.
+
+Each case is one specialisation on one chip. It must compile; spill nothing; fit into the shared
+memory of the chip at least once; make its products of bf16, fp16 and TF32 with matrix
+instructions; read matrices 16 bytes at a time wherever their rows begin at multiples of 16 bytes
+(`narrow`); and use no atomics.
+"""
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+from ahead_of_time import Resources, compiled_for, resources
+from load_widths import Load, loads
+from specialisations import Layer, Specialisation, launched_by
+from tqdm import tqdm
+
+from fused_route.kernels.config import amd_warps
+
+ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, "gfx942")
+
+# Where a load of a matrix may begin: at multiples of these constants of the kernel, in elements.
+STEPS = {
+    "x_ptr": ("D",),
+    "x_r_ptr": ("D",),
+    "dy_ptr": ("LDY", "N"),
+    "base_ptr": ("D", "LDY", "N"),
+    "A_ptr": ("D",),
+    "B_ptr": ("RANK",),
+    "x_t_ptr": ("R", "C"),
+    "dz_ptr": ("R", "C"),
+    "dx_t_ptr": ("R",),
+    "dx_v_ptr": ("R",),
+    "z_ptr": ("R", "RANK"),
+    "u_ptr": ("R",),
+    "w_ptr": ("R", "C"),
+    "partial_ptr": ("R", "A_SIZE", "B_SIZE", "b_A_SIZE", "b_B_SIZE"),
+}
+# As many bytes as the hidden states, and read from device memory: no tile may be too small.
+LARGE = ("x_ptr", "x_r_ptr", "dy_ptr", "base_ptr")
+# Biases, a seed, codes of rows, offsets of samples: read once a program, or once a column block.
+VECTORS = ("b_A_ptr", "b_B_ptr", "seed_ptr", "row_sample_ptr", "offsets_ptr")
+
+
+class Case(NamedTuple):
+    """A specialisation on a chip, and the layer that launches it."""
+
+    layer: Layer
+    specialisation: Specialisation
+    arch: int | str
+
+
+class Finding(NamedTuple):
+    """What a case needs, None where it did not compile, and what is wrong with it."""
+
+    case: Case
+    resources: Resources | None
+    faults: list[str]
+
+
+def narrow(load: Load, specialisation: Specialisation) -> str | None:
+    """Why a load is narrower than it must be, or None.
+
+    A thread reads 16 bytes at once wherever the rows of the matrix, and the places in them where a
+    tile may begin, are multiples of 16 bytes; less only of a tile that has less for each thread,
+    and none of those of the hidden states' size.
+    """
+    if load.argument in VECTORS:
+        return None
+    if load.argument not in STEPS:
+        return f"{load.argument} is not in the table of rows"
+    values = specialisation.values
+    values["RANK"] = values.get("R", 0) // len(values.get("SEGMENTS", (0,)))
+    if values.get("MIX", "matrix") == "matrix":
+        values["C"] = values.get("R", 0) // values.get("G", 1)
+    element = int(str(specialisation.types[load.argument]).lstrip("*bfpi")) // 8
+    if any(values.get(name, 0) * element % 16 for name in STEPS[load.argument]):
+        return None
+    least = 16 if load.argument in LARGE else min(16, load.tile)
+    if element == 4 and values.get("R_PAD") == 256:
+        least = min(least, 8)  # no tile was found that reads 16 bytes a thread and does not spill
+    if load.narrowest >= least:
+        return None
+    where = " in ".join(load.place)
+    return f"{load.argument} read {load.narrowest} bytes at a time instead of {least} ({where})"
+
+
+def by_scalars(asm: dict[str, Any], seen: Resources) -> int:
+    """Products that must be made by matrix instructions and are not: all but IEEE ones of fp32."""
+    products = re.findall(r"tt\.dot .*", asm["ttir"])
+    if not any("xf32> *" not in product or "tf32" in product for product in products):
+        return 0
+    return len(re.findall(r"tt\.dot .*parent = #blocked", asm["ttgir"])) or int(seen.matrix == 0)
+
+
+def faults(specialisation: Specialisation, compiled: Any, seen: Resources) -> Iterator[str]:
+    """Everything that a compiled kernel does not meet."""
+    if seen.spills or seen.stack:
+        yield f"{seen.spills} spills, {seen.stack} bytes of stack"
+    if seen.ctas_per_sm == 0:
+        yield f"does not fit: {seen.shared / 1024:.1f} KB shared, {seen.registers} registers"
+    if scalar := by_scalars(compiled.asm, seen):
+        yield f"{scalar} products without matrix instructions"
+    if seen.atomics:
+        yield f"{seen.atomics} atomics"
+    parameters = [name for name, kind in specialisation.arguments if kind is not None]
+    for load in loads(compiled, parameters):
+        if (fault := narrow(load, specialisation)) is not None:
+            yield fault
+
+
+def check(case: Case) -> Finding:
+    """Compiles a case and says what is wrong with it."""
+    s = case.specialisation
+    warps = s.warps if isinstance(case.arch, int) else amd_warps(s.warps)
+    try:
+        compiled = compiled_for(s.function, s.types, s.values, case.arch, warps, s.stages)
+    except Exception as error:  # whatever the compiler stumbles on is a finding
+        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        return Finding(case, None, [f"does not compile: {type(error).__name__}: {lines[-1]}"])
+    seen = resources(compiled)
+    return Finding(case, seen, list(faults(s, compiled, seen)))
+
+
+RANKS = (16, 32, 64, 128, 256)
+# What registers and shared memory are shortest for, found by compiling all mixes; the others
+# follow it in the full product for one chip and dtype.
+HEAVIEST = (("adapter", "rank1", "owned"), ("adapter", "rank1", "operand"),
+            ("adapter", "matrix", "operand"), ("given_qv", "rank1", "owned"))  # fmt: skip
+LIGHTER = (("adapter", "identity", "none"), ("adapter", "shift", "owned"),
+           ("adapter", "scale", "owned"), ("given", "shift", "operand"))  # fmt: skip
+CHIPS = {"bf16": ARCHITECTURES, "fp16": ARCHITECTURES, "fp32": (80, 90, 100), "tf32": (80, 90, 100)}
+
+
+def layers_of(mixes: Sequence[tuple[str, str, str]], d: int, numbers: str) -> list[Layer]:
+    """One for each host, mix and image, for every R_PAD, with few and many rows."""
+    return [
+        Layer(host, mix, image, R, d, numbers, rows)
+        for R in RANKS
+        for rows in ("few", "many")
+        for host, mix, image in mixes
+    ]
+
+
+def all_cases() -> list[Case]:
+    """Every row of the tile table at its heaviest mixes × width × numbers × chip, each once."""
+    cases = unique(layers_of(LIGHTER, 768, "bf16"), (90,))
+    for numbers, chips in CHIPS.items():
+        for d in (768, 1000):
+            cases += unique(layers_of(HEAVIEST, d, numbers), chips)
+    return cases
+
+
+def quick_cases() -> list[Case]:
+    """At most 200: every row of the tile table, at each of its mixes once, chips in turn."""
+    cases = []
+    for numbers in ("bf16", "fp32"):
+        rows: dict[tuple[Any, ...], Case] = {}
+        for case in unique(layers_of(HEAVIEST[:3], 768, numbers), (90,)):
+            s, values = case.specialisation, case.specialisation.values
+            tile = (values.get("BM"), values.get("BN"), s.warps, s.stages)
+            is_matrix = values.get("MIX") == "matrix"
+            rows.setdefault((s.kernel, is_matrix, case.layer.R, *tile), case)
+        chips = CHIPS[numbers]
+        cases += [c._replace(arch=chips[i % len(chips)]) for i, c in enumerate(rows.values())]
+    return cases
+
+
+def unique(layers: Sequence[Layer], chips: Sequence[int | str]) -> list[Case]:
+    """What these layers launch, for these chips, each once."""
+    cases: dict[tuple[Specialisation, int | str], Case] = {}
+    for layer in layers:
+        for s in launched_by(layer):
+            for chip in chips:
+                cases.setdefault((s, chip), Case(layer, s, chip))
+    return list(cases.values())
+
+
+def checked(cases: Sequence[Case], processes: int = 2) -> list[Finding]:
+    """All cases, compiled in this many processes."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        found = pool.map(check, cases, chunksize=4)
+        return list(tqdm(found, total=len(cases), desc="compiling", unit="kernel"))
+
+
+def row(finding: Finding) -> str:
+    """One line of the table."""
+    case, seen = finding.case, finding.resources
+    layer, s = case.layer, case.specialisation
+    tile = f"{s.values.get('BM', '')}x{s.values.get('BN', s.values.get('BLOCK'))}"
+    numbers = "-" * 6 if seen is None else (
+        f"{seen.registers:4} {seen.spills:6} {seen.shared / 1024:7.0f} {seen.ctas_per_sm:5} "
+        f"{seen.matrix:6} {seen.wide_loads:6} {sum(seen.narrow_loads.values()):6}"
+    )  # fmt: skip
+    verdict = "ok" if not finding.faults else "; ".join(finding.faults)
+    return (
+        f"{s.kernel.partition(':')[2]:17} {layer.mix:8} {layer.R:4} {layer.d:5} {layer.numbers:5} "
+        f"{tile:8} {case.arch!s:7} {numbers}  {verdict}"
+    )
+
+
+HEADER = (
+    "kernel            mix         R     d dtype tile     chip    regs spills  shared  CTAs "
+    "matrix   wide narrow  verdict"
+)
+
+
+def main(is_quick: bool) -> int:
+    """Prints the table; 1 where a demand is not met."""
+    start = time.perf_counter()
+    cases = quick_cases() if is_quick else all_cases()
+    findings = checked(cases)
+    print(HEADER)
+    for finding in findings:
+        print(row(finding))
+    failed = [finding for finding in findings if finding.faults]
+    seconds = time.perf_counter() - start
+    print(f"{len(findings)} compiled in {seconds:.0f} s, {len(failed)} do not meet every demand")
+    for finding in failed:
+        print(row(finding))
+    print("next: change the rows in kernels/config.py" if failed else "next: python -m bench host")
+    return int(bool(failed))

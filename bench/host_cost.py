@@ -1,0 +1,122 @@
+"""Time of the host for a call and its backward: the library's beside eager torch's.
+
+With a driver that launches nothing, on CPU tensors so small that their arithmetic hardly counts.
+Eager operations run here, where on a GPU they would be launched, which costs the host more. Times
+of a shared machine mean little by themselves: all chains take turns in one process, without
+garbage collection, and the best round counts.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from chains import Chain, Layer
+
+from fused_route.kernels.launch import Launch
+
+S, T, D, R = 2, 2, 16, 4  # fp32
+HOSTS = ("adapter", "linear")
+# "reference" is the library's own eager torch; "by hand" the fewest calls that give the same.
+WAYS = ("ours", "module", "reference", "by hand")
+LIMIT, LAUNCH_LIMIT = 0.6, 0.25
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """One thread, and no garbage collection."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        torch.set_num_threads(threads)
+
+
+def best(
+    calls: dict[str, Callable[[], object]], repeats: int = 100, rounds: int = 25
+) -> dict[str, float]:
+    """Microseconds of each call: means of rounds in which they take turns, the best of each."""
+    times = dict.fromkeys(calls, float("inf"))
+    with undisturbed():
+        for _ in range(repeats):
+            for call in calls.values():
+                call()
+        for _ in range(rounds):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    call()
+                times[name] = min(times[name], time.perf_counter() - start)
+    return {name: seconds / repeats * 1e6 for name, seconds in times.items()}
+
+
+def passes(host: str) -> dict[str, float]:
+    """Microseconds of forward and backward by way, with one visual vector without gradient."""
+    chain = Chain(Layer(host), S, T, D, R)
+    forward: dict[str, Callable[[], Any]] = {
+        "ours": chain.ours,
+        "module": chain.module,
+        "reference": partial(chain.ours, "reference"),
+        "by hand": chain.eager,
+    }
+
+    def both(y: Callable[[], Any]) -> None:
+        chain.forget_gradients()
+        y().backward(chain.dy)
+
+    return best({way: partial(both, y) for way, y in forward.items()})
+
+
+def launches(host: str) -> dict[str, tuple[float, float]]:
+    """By kernel: microseconds of a `Launch` and of `kernel[grid](…)`, for the same arguments."""
+    seen: dict[str, tuple[Launch, tuple[Any, ...]]] = {}
+    launch = Launch.__call__
+
+    def noted(self: Launch, *given: Any) -> None:
+        seen[self.kernel.fn.__name__] = self, given
+        launch(self, *given)
+
+    chain = Chain(Layer(host), S, T, D, R)
+    with mock.patch.object(Launch, "__call__", noted):
+        chain.ours().backward(chain.dy)
+    found = {}
+    for name, (again, given) in seen.items():
+        _, grid, tensors, numbers = given
+        anew = partial(again.kernel[grid], *tensors, *numbers, **again.constants, **again.options)
+        times = best({"again": partial(again, *given), "anew": anew}, repeats=300, rounds=9)
+        found[name] = times["again"], times["anew"]
+    return found
+
+
+def table() -> str:
+    """Passes, then launches."""
+    lines = [
+        "| forward + backward | " + " | ".join(f"{way}, µs" for way in WAYS) + " | of reference"
+        " | of by hand |",
+        "| --- |" + " --- |" * (len(WAYS) + 2),
+    ]
+    for host in HOSTS:
+        times = passes(host)
+        shares = [times["ours"] / times[way] for way in ("reference", "by hand")]
+        numbers = [f"{times[way]:.0f}" for way in WAYS] + [f"{share:.2f}" for share in shares]
+        lines.append(f"| {host} | " + " | ".join(numbers) + " |")
+    lines += ["", "| a launch of | ours, µs | kernel[grid], µs | share |", "| --- |" + " --- |" * 3]
+    for kernel, (again, anew) in launches("adapter").items():
+        lines.append(f"| {kernel} | {again:.1f} | {anew:.1f} | {again / anew:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints the table."""
+    from null_driver import use_null_driver
+
+    use_null_driver()
+    print(table())

@@ -1,0 +1,199 @@
+"""What the library really launches: kernels with the types of their arguments and their constants.
+
+    with recorded() as seen:
+        ops.forward(…)  # on meta tensors: of any size, and nothing is computed
+    seen                # {Specialisation: None, …}, in the order of the launches
+
+`fused_route.ops` runs whole, on tensors without memory; only the launch itself is replaced.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_route import ops
+from fused_route.fusion import Fusion
+from fused_route.kernels.launch import Launch
+from fused_route.ops import Inputs
+from fused_route.plan import Wanted
+
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+class Specialisation(NamedTuple):
+    """All that decides what Triton compiles for a chip.
+
+    Args:
+        kernel: where the jitted function is, "module:name".
+        arguments: (parameter, its type as Triton writes it, or None for an absent pointer), …
+        constants: (constexpr parameter, its value), …
+        warps, stages: options of the compiler.
+    """
+
+    kernel: str
+    arguments: tuple[tuple[str, str | None], ...]
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+    stages: int
+
+    @property
+    def function(self) -> Any:
+        """The jitted function."""
+        module, _, name = self.kernel.partition(":")
+        return getattr(import_module(module), name)
+
+    @property
+    def types(self) -> dict[str, str | None]:
+        return dict(self.arguments)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return dict(self.constants)
+
+
+def _type(argument: Any) -> str | None:
+    if argument is None:
+        return None
+    if isinstance(argument, Tensor):
+        return TYPES[argument.dtype]
+    return "fp32" if isinstance(argument, float) else "i32"
+
+
+def specialisation(launch: Launch, arguments: tuple[Any, ...]) -> Specialisation:
+    """That of one launch with these tensors and numbers."""
+    kernel, options = launch.kernel, launch.options
+    names = kernel.arg_names[: len(arguments)]
+    return Specialisation(
+        f"{kernel.fn.__module__}:{kernel.fn.__name__}",
+        tuple((name, _type(value)) for name, value in zip(names, arguments, strict=True)),
+        tuple(launch.constants.items()),
+        options["num_warps"],
+        options["num_stages"],
+    )
+
+
+@contextmanager
+def recorded() -> Iterator[dict[Specialisation, None]]:
+    """The specialisations that are launched in this block, each once; none of them runs."""
+    seen: dict[Specialisation, None] = {}
+
+    def note(self: Launch, absent: Any, grid: Any, tensors: Any, numbers: Any) -> None:
+        seen[specialisation(self, (*tensors, *numbers))] = None
+
+    launch = Launch.__call__
+    Launch.__call__ = note  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        Launch.__call__ = launch  # type: ignore[method-assign]
+
+
+# (dtype of x, y and their gradients; of A, B and the bottleneck; products)
+NUMBERS = {
+    "bf16": (torch.bfloat16, torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, torch.float16, "ieee"),
+    "amp": (torch.float32, torch.bfloat16, "ieee"),  # hidden states that autocast leaves in fp32
+    "fp32": (torch.float32, torch.float32, "ieee"),
+    "tf32": (torch.float32, torch.float32, "tf32"),
+}
+
+# (base, of how many segments, which are adapted)
+HOSTS = {
+    "adapter": ("residual", 1, (0,)),
+    "frozen": ("frozen", 1, (0,)),
+    "given": ("given", 1, (0,)),
+    "frozen_qv": ("frozen", 3, (0, 2)),
+    "given_qv": ("given", 3, (0, 2)),
+}
+
+ROWS = {"few": 16, "many": 16384}
+S = 4  # samples
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A routed layer of widths d → d with dropout, packed rows and all gradients wanted.
+
+    An adapter has biases and gelu; of two segments each is routed by itself. x_t goes through relu
+    before the mix. Every mix but "matrix" can own its image.
+    """
+
+    host: str
+    mix: str
+    image: str
+    R: int
+    d: int
+    numbers: str
+    rows: str
+    x_t: str = "saved"
+
+    def fusion(self) -> Fusion:
+        base, of, segments = HOSTS[self.host]
+        owned = self.image == "owned"
+        return Fusion(
+            mix=self.mix,
+            u="relu" if owned and self.mix == "rank1" else "plain",
+            w="plain",
+            first="none" if self.mix == "identity" else "relu",
+            groups=len(segments),
+            image=self.image,
+            base=base,
+            activation="gelu" if self.host == "adapter" else "none",
+            p=0.1,
+            segments=segments,
+            of=of,
+            x_t=self.x_t,
+            products=NUMBERS[self.numbers][2],
+        )
+
+    def inputs(self, f: Fusion) -> Inputs:
+        of_x, of_A, _ = NUMBERS[self.numbers]
+        M, R, d, g = ROWS[self.rows], self.R, self.d, f.groups
+
+        def x(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=of_x, device="meta")
+
+        def a(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=of_A, device="meta")
+
+        def index(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        vector = a(S, R) if self.image == "operand" and self.mix != "identity" else None
+        frozen, adapter = f.base == "frozen", f.base == "residual"
+        return Inputs(
+            x=x(M, d),
+            x_r=x(S, d) if self.image == "owned" else None,
+            u=vector if self.mix == "rank1" else None,
+            w=a(S, g, R // g, R // g) if self.mix == "matrix" else vector,
+            A=a(R, d),
+            b_A=a(R) if adapter else None,
+            B=a(len(f.segments) * d, R // len(f.segments)),
+            b_B=a(d) if adapter else None,
+            weight=x(f.of * d, d) if frozen else None,
+            bias=x(f.of * d) if frozen else None,
+            base_out=x(M, f.of * d) if f.base == "given" else None,
+            seed=index(1),
+            row_sample=index(M, dtype=torch.int32),
+            offsets=index(S + 1),
+        )
+
+
+def launched_by(layer: Layer) -> dict[Specialisation, None]:
+    """What one forward and one backward pass of the layer launch."""
+    f, longest = layer.fusion(), ROWS[layer.rows]
+    t = layer.inputs(f)
+    with recorded() as seen:
+        plan = ops.plan_for(f, t)
+        y, x_t, x_v = ops.forward(plan, t, longest, 0.5, layer.x_t == "saved")
+        wanted = Wanted(*(tensor is not None for tensor in t[:8]))
+        ops.backward(plan, t, longest, 0.5, torch.empty_like(y), x_t, x_v, wanted)
+    return seen

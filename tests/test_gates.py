@@ -1,0 +1,87 @@
+"""Every kernel that the library launches, compiled for GPUs that are not here: `bench/gates.py`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+from gates import Case, all_cases, check, checked, quick_cases, row
+from specialisations import Layer, launched_by
+
+from fused_route import ops
+from fused_route.kernels import config
+
+pytestmark = pytest.mark.compile
+
+MOST_IN_MAKE_TEST = 200
+
+
+def assert_sound(cases: list[Case]) -> None:
+    failed = [row(finding) for finding in checked(cases) if finding.faults]
+    assert not failed, f"{len(failed)} of {len(cases)}:\n" + "\n".join(failed)
+
+
+def test_a_selection_meets_every_demand() -> None:
+    cases = quick_cases()
+    assert len(cases) <= MOST_IN_MAKE_TEST
+    assert_sound(cases)
+
+
+def test_the_selection_has_every_row_of_the_table() -> None:
+    """By kernel, R and tile: what `quick_cases` compiles is all that the table has."""
+    found = {
+        (s.kernel.partition(":")[2], s.values.get("MIX") == "matrix", case.layer.R, s.values["BM"])
+        for case in quick_cases()
+        if (s := case.specialisation).kernel.partition(":")[2] != "add_partials"
+    }
+    names = {
+        "project": "project", "vectors": "vector_gradient", "matrices": "matrix_gradient",
+        "weights": "weight_partials", "forward": "routed_forward", "backward": "routed_backward",
+    }  # fmt: skip
+    for kernel, rows in config.TILES.items():
+        name, _, matrix = kernel.partition("_")
+        for (R, _), tiles in rows.items():
+            for tile in tiles:
+                assert (names[name], bool(matrix), R, tile.BM) in found, (kernel, R, tile)
+
+
+@pytest.mark.slow
+def test_everything_meets_every_demand() -> None:
+    assert_sound(all_cases())
+
+
+def faults_with(kernel: str, tile: config.Tile, layer: Layer, name: str) -> list[str]:
+    """What is wrong with one kernel of a layer when it gets another tile."""
+    table = {**config.TILES, kernel: dict.fromkeys(config.TILES[kernel], (tile, tile))}
+    ops._plan.cache_clear()
+    with mock.patch.object(config, "TILES", table):
+        cases = [Case(layer, s, 80) for s in launched_by(layer) if s.kernel.endswith(f":{name}")]
+    ops._plan.cache_clear()
+    return check(cases[0]).faults
+
+
+BAD: dict[str, tuple[str, config.Tile, Layer, str, str]] = {
+    "spills": (
+        "backward", config.Tile(128, 64, 4, 2),
+        Layer("adapter", "rank1", "operand", 128, 768, "bf16", "many"), "routed_backward", "spills",
+    ),
+    "shared memory": (
+        "weights", config.Tile(128, 256, 8, 4),
+        Layer("adapter", "scale", "owned", 64, 768, "fp32", "many"), "weight_partials", "fit",
+    ),
+    "narrow loads": (
+        "forward", config.Tile(16, 16, 8, 2),
+        Layer("adapter", "scale", "owned", 16, 768, "bf16", "many"), "routed_forward", "x_ptr read",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_the_gate_sees(what: str) -> None:
+    kernel, tile, layer, name, fault = BAD[what]
+    found: Any = faults_with(kernel, tile, layer, name)
+    assert any(fault in text for text in found), found

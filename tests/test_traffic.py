@@ -1,0 +1,296 @@
+"""Bytes that each kernel moves, tensor by tensor, are those of the table in kernels/README.md."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from interpreter import LINE, Moved, Traffic
+from kernel_cases import P
+from torch import Tensor
+
+from fused_route import Route, Routing, rank1, routed_adapter, routed_linear
+
+pytest.importorskip("triton")
+
+from fused_route.kernels.launch import Launch
+
+pytestmark = pytest.mark.interpret
+
+BYTES = 2  # of an element of every tensor but the fp32 partial sums
+SUMS = 4
+
+# Rows of D, N and R elements begin at whole lines; tiles of 32 or 64 divide neither T nor D.
+S, T, D, N = 3, 35, 96, 64
+M = S * T
+
+own_rank1 = Route("own", lambda x_v: rank1(x_v.tanh(), x_v), takes="vector")
+ROUTES: dict[str, tuple[str | Route, int]] = {  # by mix: a route, and the Nv that gives this mix
+    "identity": ("none", 1),
+    "shift": ("add", 1),
+    "scale": ("mul", 1),
+    "rank1": ("gram", 1),
+    "rank1_operand": (own_rank1, 1),
+    "matrix": ("gram", 3),
+}
+SEGMENTS = {"linear": ((0,), 1), "given": ((0,), 1), "qkv": ((0, 2), 3)}
+
+# X: bytes of x; Y: of the adapted columns of y; H: of a bottleneck tensor (M, R).
+DESIGN: dict[str, dict[str, Callable[[int, int, int], int]]] = {
+    "routed_forward": {
+        "adapter": lambda X, Y, H: 2 * X + H,
+        "linear": lambda X, Y, H: X + 2 * Y + H,
+        "qkv": lambda X, Y, H: X + 2 * Y + H,
+        "given": lambda X, Y, H: X + 2 * Y + H,
+    },
+    "routed_backward": {
+        "adapter": lambda X, Y, H: 2 * X + 3 * H,
+        "linear": lambda X, Y, H: Y + 2 * X + 3 * H,
+        "qkv": lambda X, Y, H: Y + 2 * X + 3 * H,
+        "given": lambda X, Y, H: Y + X + 3 * H,  # autograd adds the base's own dx: 3X more
+    },
+    "weight_partials": dict.fromkeys(
+        ("adapter", "linear", "qkv", "given"), lambda X, Y, H: X + Y + 2 * H
+    ),
+}
+OF_ALL_ROWS = {
+    *("x", "x=base", "base", "y", "y=base", "x_t"),
+    *("dy", "dy=base", "dx", "dx=base", "dx_t", "z"),
+}
+
+
+class Seen(NamedTuple):
+    """What one launch moved: bytes by "name:ld" and "name:st", and its blocks of rows."""
+
+    programs: int
+    moved: dict[str, Moved]
+    rows: int  # BM
+
+
+@contextmanager
+def traffic() -> Iterator[dict[str, Seen]]:
+    """The launches of this block by kernel; none uses atomics or loads what it stored.
+
+    A tensor that is given for several parameters has all their names, base last.
+    """
+    seen: dict[str, Seen] = {}
+    launch = Launch.__call__
+
+    def counted(self: Launch, absent: Any, grid: Any, tensors: Any, numbers: Any) -> None:
+        names: dict[int, list[str]] = {}
+        parameters = zip(self.kernel.arg_names, tensors, strict=False)
+        given = {name.removesuffix("_ptr"): t for name, t in parameters if t is not None}
+        for name in sorted(given, key=lambda name: name == "base"):
+            names.setdefault(given[name].data_ptr(), []).append(name)
+        with Traffic() as counter:
+            for together in names.values():
+                counter.watch("=".join(together), given[together[0]])
+            launch(self, absent, grid, tensors, numbers)
+        assert counter.launches == 1 and counter.atomics == 0
+        # An element of y or dx is loaded, as the base, before the same program stores it.
+        assert counter.loads_after_stores == set()
+        kernel = self.kernel.fn.__name__
+        assert kernel not in seen
+        programs = grid[0] * grid[1] * grid[2]
+        seen[kernel] = Seen(programs, counter.table(), self.constants.get("BM", 1))
+
+    with mock.patch.object(Launch, "__call__", counted):
+        yield seen
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer whose every gradient is wanted, base and image included."""
+
+    host: str
+    mix: str
+    R: int
+    drops: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def g(self) -> int:
+        return len(SEGMENTS.get(self.host, ((0,), 1))[0])
+
+    @property
+    def n(self) -> int:
+        return D if self.host == "adapter" else N
+
+    @property
+    def XYH(self) -> tuple[int, int, int]:
+        return BYTES * M * D, BYTES * M * self.g * self.n, BYTES * M * self.R
+
+    @property
+    def operand(self) -> int:
+        """Bytes of a vector operand, or of K."""
+        C = self.R // self.g
+        return BYTES * S * (self.g * C * C if self.mix == "matrix" else self.R)
+
+    @cached_property
+    def seen(self) -> dict[str, Seen]:
+        route, Nv = ROUTES[self.mix]
+        named: dict[str, Any] = {"route": Routing(route), "dropout": P if self.drops else 0.0}
+        named |= {"impl": "triton", **self.settings}
+
+        def leaf(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape) * scale).to(self.dtype).requires_grad_()
+
+        x, x_r = leaf(S, T, D), leaf(S, Nv, D)
+        A, B = leaf(self.R, D, scale=D**-0.5), leaf(self.g * self.n, self.R // self.g)
+        with traffic() as seen:
+            if self.host == "adapter":
+                y = routed_adapter(x, A, B, x_r, b_A=leaf(self.R), b_B=leaf(D), **named)
+            else:
+                adapted, of = SEGMENTS[self.host]
+                if self.host == "given":
+                    named["base_out"] = leaf(S, T, of * N)
+                else:
+                    named["weight"] = torch.randn(of * N, D, dtype=self.dtype)
+                y = routed_linear(x, A, B, x_r, adapted=adapted, of=of, **named)
+            y.backward(torch.randn_like(y))
+        return seen
+
+
+def used(expected: dict[str, int | None]) -> dict[str, int]:
+    """Without the tensors that this case does not have."""
+    return {name: size for name, size in expected.items() if size}
+
+
+def weights(case: Case) -> dict[str, int]:
+    """Bytes of the parameters of a layer."""
+    biases = {"b_A": BYTES * case.R, "b_B": BYTES * D} if case.host == "adapter" else {}
+    B = BYTES * case.n * case.R
+    return {"A": BYTES * case.R * D, "B": B, **biases}
+
+
+def operands(case: Case) -> dict[str, int]:
+    """What K1 and K2 read of the image."""
+    names = {"identity": (), "rank1": ("u=w",), "rank1_operand": ("u", "w")}.get(case.mix, ("w",))
+    return {f"{name}:ld": case.operand for name in names}
+
+
+def forward(case: Case) -> dict[str, int]:
+    """K1."""
+    X, Y, H = case.XYH
+    moved = {f"{name}:ld": size for name, size in weights(case).items()} | operands(case)
+    y = {
+        "adapter": {"x=base:ld": X, "y:st": X},
+        "given": {"x:ld": X, "base:ld": Y, "y:st": Y},
+    }.get(case.host, {"x:ld": X, "y=base:ld": Y, "y=base:st": Y})
+    return used({**moved, **y, "x_t:st": H, "seed:ld": case.drops and 8})
+
+
+def pairs(case: Case, block: int) -> int:
+    """Bytes of the partial sums of a vector operand: a row for each (block, sample) that meet."""
+    return SUMS * case.R * len({(m // block, m // T) for m in range(M)})
+
+
+def backward(case: Case) -> dict[str, int]:
+    """K2. Of one vector x_v for both operands there is one sum; of K none, but dz for it."""
+    X, Y, H = case.XYH
+    dx = {
+        "adapter": {"dy=base:ld": Y, "dx:st": X},
+        "given": {"dy:ld": Y, "dx:st": X},
+    }.get(case.host, {"dy:ld": Y, "dx=base:ld": X, "dx=base:st": X})
+    A_and_B = {f"{name}:ld": weights(case)[name] for name in "AB"}
+    moved = {**A_and_B, **operands(case), **dx, "x_t:ld": H, "dx_t:st": H, "z:st": H}
+    partial = pairs(case, case.seen["routed_backward"].rows)
+    if case.mix == "matrix":
+        moved["dz:st"] = H
+    elif case.mix != "identity":
+        moved["dw:st"] = partial
+        moved["du:st"] = partial if case.mix == "rank1_operand" else 0
+    return used({**moved, "seed:ld": case.drops and 8})
+
+
+def operand_gradients(case: Case) -> dict[str, dict[str, int]]:
+    """Of vectors: their partial sums; x_v's gradient goes on to x_r. Of K: x_t and dz."""
+    H = case.XYH[2]
+    if case.mix == "identity":
+        return {}
+    if case.mix == "matrix":
+        return {"matrix_gradient": {"x_t:ld": H, "dz:ld": H, "dK:st": case.operand}}
+    partial = pairs(case, case.seen["routed_backward"].rows)
+    if case.mix == "rank1_operand":
+        return {"vector_gradient": {"partial:ld": 2 * partial, "out:st": 2 * case.operand}}
+    moved = {"partial:ld": partial, "out:st": case.operand}
+    moved |= {"A:ld": weights(case)["A"], "dx_r:st": BYTES * S * D, "seed:ld": case.drops and 8}
+    return {"vector_gradient": used({**moved})}
+
+
+def weight_gradients(case: Case) -> dict[str, dict[str, int]]:
+    """K3 and K4. At these sizes the rows make one split, and those of x_r one more."""
+    X, Y, H = case.XYH
+    owns_image = case.mix in ("shift", "scale", "rank1")
+    image = {"x_r:ld": BYTES * S * D, "dx_v:ld": case.operand} if owns_image else {}
+    dy = {"x:ld": X, "dx_t:ld": H, "dy:ld": Y, "z:ld": H, "seed:ld": case.drops and 8}
+    sizes = weights(case)
+    splits = {name: 2 if owns_image and name in ("A", "b_A") else 1 for name in sizes}
+    partial = sum(size * splits[name] for name, size in sizes.items()) // BYTES * SUMS
+    return {
+        "weight_partials": used({**dy, **image, "partial:st": partial}),
+        "add_partials": {
+            "partial:ld": partial,
+            **{f"d{name}:st": size for name, size in sizes.items()},
+        },
+    }
+
+
+def image(case: Case) -> dict[str, dict[str, int]]:
+    """K0, where the kernels compute x_v."""
+    if case.mix not in ("shift", "scale", "rank1"):
+        return {}
+    moved = {f"{name}:ld": size for name, size in weights(case).items() if name in ("A", "b_A")}
+    moved |= {"x:ld": BYTES * S * D, "out:st": case.operand, "seed:ld": case.drops and 8}
+    return {"project": used({**moved})}
+
+
+CASES = [
+    Case(host, mix, R)
+    for host in ("adapter", "linear", "qkv")
+    for mix in ROUTES
+    for R in (16, 64, 128)
+]
+CASES += [Case(host, mix, 16, drops=True) for host in ("adapter", "qkv") for mix in ROUTES]
+CASES += [Case("given", mix, 64) for mix in ROUTES]
+CASES += [Case("adapter", "scale", 64, dtype=torch.float16)]
+
+
+def requested(case: Case, kernel: str) -> dict[str, int]:
+    """How often tensors are asked for, from the L2 cache if not from memory: A and B by everyone.
+
+    K1 of an adapter comes back to x as its base, K2 to x_t for the operand's gradient.
+    """
+    if kernel not in ("routed_forward", "routed_backward"):
+        return {"x:ld": 1, "dy:ld": 1} if kernel == "weight_partials" else {}
+    programs = case.seen[kernel].programs
+    again = case.mix not in ("identity", "matrix")
+    of_rows = {"x:ld": 1, "x=base:ld": 2, "dy:ld": 1, "dy=base:ld": 2, "x_t:ld": 1 + again}
+    return {**of_rows, "y=base:ld": 1, "dx=base:ld": 1, "A:ld": programs, "B:ld": programs}
+
+
+def case_id(case: Case) -> str:
+    drops = ["drops"] if case.drops else []
+    return "-".join([case.host, case.mix, str(case.R), *drops, str(case.dtype)[6:]])
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_bytes_of_each_tensor(case: Case) -> None:
+    expected = image(case) | {"routed_forward": forward(case), "routed_backward": backward(case)}
+    expected |= operand_gradients(case) | weight_gradients(case)
+    assert case.seen.keys() == expected.keys()
+    for kernel, (_, moved, _) in case.seen.items():
+        assert {name: size.distinct for name, size in moved.items()} == expected[kernel], kernel
+        for name, size in moved.items():
+            assert size.lines - size.distinct < LINE, (kernel, name)
+        for name, times in requested(case, kernel).items():
+            if name in moved:
+                assert moved[name].requested == times * moved[name].distinct, (kernel, name)
+        if kernel in DESIGN:
+            of_rows = sum(size.distinct for name, size in moved.items() if name[:-3] in OF_ALL_ROWS)
+            assert of_rows == DESIGN[kernel][case.host](*case.XYH), kernel
