@@ -60,7 +60,7 @@ test-all: lint types test-oldest test-pythons
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --editable . 'torch==2.11.*' 'triton==3.6.*' \
-		'numpy<2.4' 'transformers==5.17.*' pytest pytest-xdist
+		'numpy<2.4' 'transformers==5.17.*' pytest pytest-xdist tqdm
 	@touch $@
 
 test-oldest: $(OLDEST)/.ready
