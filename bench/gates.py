@@ -18,7 +18,7 @@ from load_widths import Load, loads
 from specialisations import Layer, Specialisation, launched_by
 from tqdm import tqdm
 
-from fused_route.kernels.config import amd_warps
+from fused_route.kernels.config import compiler_options
 
 ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, "gfx942")
 
@@ -115,9 +115,9 @@ def faults(specialisation: Specialisation, compiled: Any, seen: Resources) -> It
 def check(case: Case) -> Finding:
     """Compiles a case and says what is wrong with it."""
     s = case.specialisation
-    warps = s.warps if isinstance(case.arch, int) else amd_warps(s.warps)
+    options = compiler_options(s.tile, "cuda" if isinstance(case.arch, int) else "hip")
     try:
-        compiled = compiled_for(s.function, s.types, s.values, case.arch, warps, s.stages)
+        compiled = compiled_for(s.function, s.types, s.values, case.arch, **options)
     except Exception as error:  # whatever the compiler stumbles on is a finding
         lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
         return Finding(case, None, [f"does not compile: {type(error).__name__}: {lines[-1]}"])
@@ -135,10 +135,12 @@ LIGHTER = (("adapter", "identity", "none"), ("adapter", "shift", "owned"),
 CHIPS = {"bf16": ARCHITECTURES, "fp16": ARCHITECTURES, "fp32": (80, 90, 100), "tf32": (80, 90, 100)}
 
 
-def layers_of(mixes: Sequence[tuple[str, str, str]], d: int, numbers: str) -> list[Layer]:
+def layers_of(
+    mixes: Sequence[tuple[str, str, str]], d: int, numbers: str, p: float = 0.1
+) -> list[Layer]:
     """One for each host, mix and image, for every R_PAD, with few and many rows."""
     return [
-        Layer(host, mix, image, R, d, numbers, rows)
+        Layer(host, mix, image, R, d, numbers, rows, p)
         for R in RANKS
         for rows in ("few", "many")
         for host, mix, image in mixes
@@ -146,8 +148,13 @@ def layers_of(mixes: Sequence[tuple[str, str, str]], d: int, numbers: str) -> li
 
 
 def all_cases() -> list[Case]:
-    """Every row of the tile table at its heaviest mixes × width × numbers × chip, each once."""
+    """Every row of the tile table at its heaviest mixes × width × numbers × chip, each once.
+
+    Without dropout tiles go another way, straight from memory to the products: on one chip.
+    """
     cases = unique(layers_of(LIGHTER, 768, "bf16"), (90,))
+    for numbers in ("bf16", "fp32", "tf32"):
+        cases += unique(layers_of(HEAVIEST[2:], 768, numbers, p=0.0), (90,))
     for numbers, chips in CHIPS.items():
         for d in (768, 1000):
             cases += unique(layers_of(HEAVIEST, d, numbers), chips)
@@ -161,9 +168,8 @@ def quick_cases() -> list[Case]:
         rows: dict[tuple[Any, ...], Case] = {}
         for case in unique(layers_of(HEAVIEST[:3], 768, numbers), (90,)):
             s, values = case.specialisation, case.specialisation.values
-            tile = (values.get("BM"), values.get("BN"), s.warps, s.stages)
             is_matrix = values.get("MIX") == "matrix"
-            rows.setdefault((s.kernel, is_matrix, case.layer.R, *tile), case)
+            rows.setdefault((s.kernel, is_matrix, case.layer.R, s.tile), case)
         chips = CHIPS[numbers]
         cases += [c._replace(arch=chips[i % len(chips)]) for i, c in enumerate(rows.values())]
     return cases
@@ -182,8 +188,14 @@ def unique(layers: Sequence[Layer], chips: Sequence[int | str]) -> list[Case]:
 def checked(cases: Sequence[Case], processes: int = 2) -> list[Finding]:
     """All cases, compiled in this many processes."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        found = pool.map(check, cases, chunksize=4)
-        return list(tqdm(found, total=len(cases), desc="compiling", unit="kernel"))
+        findings = []
+        for finding in tqdm(
+            pool.map(check, cases, chunksize=4), total=len(cases), desc="compiling", unit="kernel"
+        ):
+            findings.append(finding)
+            if finding.faults:
+                tqdm.write(row(finding))
+        return findings
 
 
 def row(finding: Finding) -> str:

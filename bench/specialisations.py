@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fused_route import ops
 from fused_route.fusion import Fusion
+from fused_route.kernels.config import Tile
 from fused_route.kernels.launch import Launch
 from fused_route.ops import Inputs
 from fused_route.plan import Wanted
@@ -35,14 +36,13 @@ class Specialisation(NamedTuple):
         kernel: where the jitted function is, "module:name".
         arguments: (parameter, its type as Triton writes it, or None for an absent pointer), …
         constants: (constexpr parameter, its value), …
-        warps, stages: options of the compiler.
+        tile: whose warps, stages and registers the compiler is told.
     """
 
     kernel: str
     arguments: tuple[tuple[str, str | None], ...]
     constants: tuple[tuple[str, Any], ...]
-    warps: int
-    stages: int
+    tile: Tile
 
     @property
     def function(self) -> Any:
@@ -69,14 +69,13 @@ def _type(argument: Any) -> str | None:
 
 def specialisation(launch: Launch, arguments: tuple[Any, ...]) -> Specialisation:
     """That of one launch with these tensors and numbers."""
-    kernel, options = launch.kernel, launch.options
+    kernel = launch.kernel
     names = kernel.arg_names[: len(arguments)]
     return Specialisation(
         f"{kernel.fn.__module__}:{kernel.fn.__name__}",
         tuple((name, _type(value)) for name, value in zip(names, arguments, strict=True)),
         tuple(launch.constants.items()),
-        options["num_warps"],
-        options["num_stages"],
+        launch.tile,
     )
 
 
@@ -120,7 +119,7 @@ S = 4  # samples
 
 @dataclass(frozen=True)
 class Layer:
-    """A routed layer of widths d → d with dropout, packed rows and all gradients wanted.
+    """A routed layer of widths d → d with dropout p, packed rows and all gradients wanted.
 
     An adapter has biases and gelu; of two segments each is routed by itself. x_t goes through relu
     before the mix. Every mix but "matrix" can own its image.
@@ -133,6 +132,7 @@ class Layer:
     d: int
     numbers: str
     rows: str
+    p: float = 0.1
     x_t: str = "saved"
 
     def fusion(self) -> Fusion:
@@ -147,7 +147,7 @@ class Layer:
             image=self.image,
             base=base,
             activation="gelu" if self.host == "adapter" else "none",
-            p=0.1,
+            p=self.p,
             segments=segments,
             of=of,
             x_t=self.x_t,
@@ -181,7 +181,7 @@ class Layer:
             weight=x(f.of * d, d) if frozen else None,
             bias=x(f.of * d) if frozen else None,
             base_out=x(M, f.of * d) if f.base == "given" else None,
-            seed=index(1),
+            seed=index(1) if self.p > 0.0 else None,
             row_sample=index(M, dtype=torch.int32),
             offsets=index(S + 1),
         )

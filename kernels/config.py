@@ -2,7 +2,7 @@
 
 A row is chosen by R_PAD (R padded to a power of two), by the bytes of an element of A and B, and by
 whether there are enough rows to fill a GPU with large blocks. The table serves every GPU from
-sm_80 on, and AMD's with `amd_warps`; `python -m bench gates` compiles all of it and shows
+sm_80 on, and AMD's with `compiler_options`; `python -m bench gates` compiles all of it and shows
 registers, spills and shared memory. Why the tiles are what they are: README.md beside this file.
 """
 
@@ -20,12 +20,17 @@ WEIGHT_PROGRAMS = 264
 
 @dataclass(frozen=True)
 class Tile:
-    """BM rows and BN columns a step, warps of a program, stages of its software pipeline."""
+    """BM rows and BN columns a step, warps of a program, stages of its software pipeline.
+
+    registers: how many of them a thread may have on NVIDIA, where the compiler's own choice is so
+    few, for the sake of one more program, that it spills.
+    """
 
     BM: int
     BN: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # (few rows, many rows) for each kernel, by R_PAD and bytes of an element. "forward" and "backward"
@@ -63,9 +68,9 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
         (256, 2): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-        (64, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+        (64, 4): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
         (128, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
-        (256, 4): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+        (256, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
     },
     "backward": {
         (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
@@ -77,7 +82,7 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
         (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (64, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
         (128, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
-        (256, 4): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+        (256, 4): (Tile(16, 32, 8, 1, 255), Tile(16, 32, 8, 1, 255)),
     },
     "backward_matrix": {
         (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
@@ -126,7 +131,7 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
         (32, 4): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
         (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (128, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-        (256, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        (256, 4): (Tile(16, 32, 8, 2, 128), Tile(16, 32, 8, 2, 128)),
     },
 }
 
@@ -144,6 +149,12 @@ def tile(kernel: str, R_PAD: int, size: int, many: bool) -> Tile:
     return TILES[kernel][R_PAD, size][many]
 
 
-def amd_warps(warps: int) -> int:
-    """Warps of the same number of threads on AMD, where a warp has 64."""
-    return max(1, warps // 2)
+def compiler_options(tile: Tile, backend: str) -> dict[str, int]:
+    """What the compiler of a backend, "cuda" or "hip", is told of a tile.
+
+    On AMD a warp has 64 threads, so half as many are as many threads.
+    """
+    if backend != "cuda":
+        return {"num_warps": max(1, tile.warps // 2), "num_stages": tile.stages}
+    limit = {} if tile.registers is None else {"maxnreg": tile.registers}
+    return {"num_warps": tile.warps, "num_stages": tile.stages, **limit}

@@ -11,7 +11,7 @@ from typing import Any
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from .config import Tile, amd_warps
+from .config import Tile, compiler_options
 
 
 class Launch:
@@ -19,14 +19,14 @@ class Launch:
 
     Args:
         kernel: a jitted function whose parameters are pointers, then numbers, then constants.
-        tile: warps and stages.
+        tile: warps, stages and registers.
         constants: values of the constants, in the order of the signature.
     """
 
     def __init__(self, kernel: Any, tile: Tile, constants: dict[str, Any]) -> None:
         self.kernel = kernel
         self.constants = constants
-        self.options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        self.tile = tile
         self._is_compiled = isinstance(kernel, JITFunction)  # not so in the interpreter
         self._again: dict[tuple[int, Hashable], Callable[..., None]] = {}
 
@@ -45,7 +45,7 @@ class Launch:
         """
         if not self._is_compiled:
             if 0 not in grid:
-                self.kernel[grid](*tensors, *numbers, **self.constants, **self.options)
+                self.kernel[grid](*tensors, *numbers, **self.constants)
             return
         active = driver.active
         device = active.get_current_device()
@@ -60,15 +60,16 @@ class Launch:
         On AMD code also depends on whether a tensor is larger than 2 GB: there Triton decides anew
         in every call, as it does where its internals are not those we know.
         """
+        backend = driver.active.get_current_target().backend
+        chosen = {**self.constants, **compiler_options(self.tile, backend)}
 
         def slowly(grid: Any, stream: int, tensors: Any, numbers: Any) -> None:
-            self.kernel[grid](*tensors, *numbers, **self.constants, **self.options)
+            self.kernel[grid](*tensors, *numbers, **chosen)
 
-        if driver.active.get_current_target().backend != "cuda":
-            self.options["num_warps"] = amd_warps(self.options["num_warps"])
+        if backend != "cuda":
             return slowly
         types = [None if tensor is None else tensor.dtype for tensor in tensors]
-        compiled = self.kernel.warmup(*types, *numbers, grid=(1,), **self.constants, **self.options)
+        compiled = self.kernel.warmup(*types, *numbers, grid=(1,), **chosen)
         try:
             run, packed = compiled.run, compiled.packed_metadata  # run loads: before function
             function = compiled.function

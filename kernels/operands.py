@@ -67,7 +67,8 @@ def matrix_gradient(
         start = tl.load(offsets_ptr + b).to(tl.int32)
         stop = tl.load(offsets_ptr + b + 1).to(tl.int32)
     acc = tl.zeros([BN, BN], tl.float32)
-    for m0 in range(start, stop, BM):
+    STAGES: tl.constexpr = 1 if PRECISION == "tf32" else None  # as in K3, for 16-byte loads
+    for m0 in tl.range(start, stop, BM, num_stages=STAGES):
         m = m0 + tl.arange(0, BM)
         routed = m < stop
         if row_sample_ptr is not None:

@@ -29,7 +29,10 @@ def transposed_product(
     c = tl.arange(0, C_PAD)
     acc = tl.zeros([BN, C_PAD], tl.float32)
     sums = tl.zeros([BM, BN], tl.float32)
-    for m0 in range(start, stop, BM):
+    # Pipelined, 4-byte elements of a transposed operand of TF32 are copied one by one; in one stage
+    # each thread reads 16 bytes, and 4 programs or more a multiprocessor hide the wait.
+    STAGES: tl.constexpr = 1 if PRECISION == "tf32" else None
+    for m0 in tl.range(start, stop, BM, num_stages=STAGES):
         row = (m0 + tl.arange(0, BM)).to(tl.int64)
         inside = row < stop
         wide = tl.load(
