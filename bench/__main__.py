@@ -5,8 +5,6 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # bench/ is a folder of scripts, not a package
-
 # Commands that need Triton and no GPU: a module whose `main` prints a table.
 WITHOUT_GPU = {
     "launches": ("launches", "kernels launched and bytes saved, beside eager torch (1 minute)"),
@@ -16,7 +14,7 @@ WITHOUT_GPU = {
 
 
 def study_scale(arguments: argparse.Namespace) -> int:
-    import scale
+    from bench import scale
 
     scale.study(scale.RUNS, arguments.out)
     print(f"next: read {arguments.out}, or docs/scale.md for what it means")
@@ -24,13 +22,13 @@ def study_scale(arguments: argparse.Namespace) -> int:
 
 
 def check_gates(arguments: argparse.Namespace) -> int:
-    import gates
+    from bench.offline import gates
 
     return gates.main(arguments.quick)
 
 
 def run_main_of(arguments: argparse.Namespace) -> int:
-    import_module(arguments.module).main()
+    import_module(f"bench.offline.{arguments.module}").main()
     return 0
 
 

@@ -1,8 +1,6 @@
 """The tools in bench/ that look at kernels without a GPU: each sees what is put before it."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-
-from count_launches import Launches, count, saved_bytes
+from bench.offline.count_launches import Launches, count, saved_bytes
 
 if TYPE_CHECKING:
-    from ahead_of_time import Resources
+    from bench.offline.ahead_of_time import Resources
 
 S, T, D, R, N = 4, 5, 32, 16, 24  # samples, tokens, widths in, of the bottleneck and out
 H, X_V = 4 * S * T * R, 4 * S * R  # bytes of x_t and of x_v
@@ -179,7 +175,7 @@ def test_memory_of_a_freed_graph_is_not_taken_for_saved_again() -> None:
     ],
 )
 def test_occupancy_of_nvidia(arch: int, registers: int, warps: int, shared: int, ctas: int) -> None:
-    from ahead_of_time import ctas_on_nvidia
+    from bench.offline.ahead_of_time import ctas_on_nvidia
 
     metadata = SimpleNamespace(num_warps=warps, shared=shared, target=SimpleNamespace(arch=arch))
     assert ctas_on_nvidia(metadata, registers) == ctas
@@ -199,7 +195,7 @@ def test_occupancy_of_nvidia(arch: int, registers: int, warps: int, shared: int,
     ],
 )
 def test_occupancy_of_amd(registers: int, warps: int, shared: int, ctas: int) -> None:
-    from ahead_of_time import ctas_on_amd
+    from bench.offline.ahead_of_time import ctas_on_amd
 
     assert ctas_on_amd(SimpleNamespace(num_warps=warps, shared=shared), registers) == ctas
 
@@ -211,7 +207,8 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120, "gfx942")
 
 def product(arch: int | str, **changes: Any) -> "Resources":
     import tiny_kernels
-    from ahead_of_time import compile_for
+
+    from bench.offline.ahead_of_time import compile_for
 
     arguments = {**POINTERS, **{k: v for k, v in changes.items() if k in POINTERS}}
     constants = {**SIZES, **{k: v for k, v in changes.items() if k in SIZES}}
@@ -230,7 +227,7 @@ def test_a_product_compiles_clean(arch: int | str) -> None:
 
 @pytest.mark.compile
 def test_on_amd_tensors_are_taken_to_be_within_2_gb(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ahead_of_time
+    from bench.offline import ahead_of_time
 
     monkeypatch.setattr(ahead_of_time, "resources", lambda compiled: compiled.asm["amdgcn"])
     code: Any = product("gfx942")
@@ -256,7 +253,8 @@ def test_spills_are_seen(arch: int | str, few_registers: dict[str, int]) -> None
 @pytest.mark.parametrize("arch", (80, 90, 100, "gfx942"))
 def test_atomics_and_narrow_loads_are_seen(arch: int | str) -> None:
     import tiny_kernels
-    from ahead_of_time import compile_for
+
+    from bench.offline.ahead_of_time import compile_for
 
     types = {"x": "*bf16", "y": "*fp32", "M": "i32"}
     atomic = compile_for(tiny_kernels.add_up, types, {"BLOCK": 256}, arch)
@@ -286,7 +284,8 @@ def test_a_pointer_that_is_not_given_is_not_loaded() -> None:
 )
 def test_arguments_are_checked(change: dict[str, Any], message: str) -> None:
     import tiny_kernels
-    from ahead_of_time import compile_for
+
+    from bench.offline.ahead_of_time import compile_for
 
     arch = change.pop("arch", 90)
     with pytest.raises(ValueError, match=message):
@@ -302,7 +301,7 @@ def add_up(x: Tensor, y: Tensor) -> Tensor:
 
 @pytest.mark.compile
 def test_launches_through_the_null_driver_are_noted() -> None:
-    from null_driver import Launch, microseconds, recorded, use_null_driver
+    from bench.offline.null_driver import Launch, microseconds, recorded, use_null_driver
 
     use_null_driver()
     x, y = torch.ones(300), torch.zeros(128)
@@ -322,7 +321,8 @@ def test_launches_through_the_null_driver_are_noted() -> None:
 def test_a_launch_can_be_repeated_from_what_was_compiled() -> None:
     """What fused_route.kernels relies on: numbers for pointers, a place for each constant."""
     import tiny_kernels
-    from null_driver import recorded, use_null_driver
+
+    from bench.offline.null_driver import recorded, use_null_driver
 
     use_null_driver()
     x, y = torch.ones(300), torch.zeros(128)

@@ -1,17 +1,12 @@
 """Every kernel that the library launches, compiled for GPUs that are not here: `bench/gates.py`."""
 
-import sys
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-
-from gates import Case, all_cases, check, checked, quick_cases, row
-from specialisations import Layer, launched_by
-
+from bench.offline.gates import Case, all_cases, check, checked, quick_cases, row
+from bench.offline.specialisations import Layer, launched_by
 from fused_route import ops
 from fused_route.kernels import config
 

@@ -1,20 +1,16 @@
 """What a call costs the host beside eager torch, and what the first call has to compile."""
 
-import sys
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
-import first_call
-import host_cost
-from null_driver import use_null_driver
+from bench.offline import first_call, host_cost
+from bench.offline.null_driver import use_null_driver
 
 pytestmark = pytest.mark.compile
 

@@ -1,16 +1,13 @@
 """What a call launches and keeps for its backward, beside what eager torch does for the same."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
-from launches import LAYERS, R, S, T, cost
+from bench.offline.launches import LAYERS, R, S, T, cost
 
 pytestmark = pytest.mark.interpret
 

@@ -15,8 +15,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from chains import Chain, Layer
 
+from bench.chains import Chain, Layer
 from fused_route.kernels.config import compiler_options
 from fused_route.kernels.launch import Launch
 
@@ -118,7 +118,7 @@ def table() -> str:
 
 def main() -> None:
     """Prints the table."""
-    from null_driver import use_null_driver
+    from bench.offline.null_driver import use_null_driver
 
     use_null_driver()
     print(table())

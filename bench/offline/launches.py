@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from chains import Chain, Layer
-from count_launches import Launches, count, saved_bytes
 from torch import Tensor
+
+from bench.chains import Chain, Layer
+from bench.offline.count_launches import Launches, count, saved_bytes
 
 S, T, D, R = 4, 32, 64, 16  # bf16
 DROPOUTS = (0.0, 0.1)
@@ -73,7 +74,7 @@ def table() -> str:
 
 def main() -> None:
     """Prints the table; compiles kernels for sm_90 on the way, a minute where none is cached."""
-    from null_driver import use_null_driver
+    from bench.offline.null_driver import use_null_driver
 
     use_null_driver()
     print(table())

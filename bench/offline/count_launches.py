@@ -83,7 +83,7 @@ def _triton() -> Iterator[list[str]]:
         with _interpreted(names):
             yield names
     else:
-        import null_driver
+        from bench.offline import null_driver
 
         with null_driver.recorded() as recording:
             yield names

@@ -13,11 +13,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
-from ahead_of_time import Resources, compiled_for, resources
-from load_widths import Load, loads
-from specialisations import Layer, Specialisation, launched_by
 from tqdm import tqdm
 
+from bench.offline.ahead_of_time import Resources, compiled_for, resources
+from bench.offline.load_widths import Load, loads
+from bench.offline.specialisations import Layer, Specialisation, launched_by
 from fused_route.kernels.config import compiler_options
 
 ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, "gfx942")

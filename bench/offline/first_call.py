@@ -14,9 +14,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from specialisations import Specialisation, recorded
 from torch import Tensor, nn
 
+from bench.offline.specialisations import Specialisation, recorded
 from fused_route import RoutedAdapter, RoutedLinear, RoutingContext
 from fused_route.kernels.config import MANY_ROWS
 from fused_route.kernels.launch import Launch
@@ -99,7 +99,7 @@ def seconds(passes: Callable[[], None]) -> float:
 
 def main() -> None:
     """Prints how many kernels a model needs, and how long compiling them for sm_90 takes."""
-    from null_driver import use_null_driver
+    from bench.offline.null_driver import use_null_driver
 
     with tempfile.TemporaryDirectory() as cold:
         os.environ["TRITON_CACHE_DIR"] = cold

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from ahead_of_time import AMD, NVIDIA
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+from bench.offline.ahead_of_time import AMD, NVIDIA
 
 
 class Launch(NamedTuple):
