@@ -14,7 +14,7 @@ COMPILE_BUDGET := 720
 SLOW_BUDGET := 7200
 
 KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py kernel_dropout.py compilers.py traffic.py \
-	launches.py interpreter_tools.py bench_tools.py gates.py host_cost.py)
+	launches.py interpreter_tools.py bench_tools.py gates.py host_cost.py gpu.py)
 
 .PHONY: help setup demo demo-full test test-all test-oldest test-pythons test-plain lint types clean
 
@@ -48,12 +48,12 @@ types: $(READY)
 # Three kinds of process: Triton interprets kernels, or compiles them, or neither.
 test: lint types
 	timeout $(TEST_BUDGET) $(BIN)/pytest -n 2 --dist loadfile --durations=5
-	TRITON_INTERPRET=1 timeout $(INTERPRET_BUDGET) $(BIN)/pytest -n 2 --durations=5 -m 'interpret and not slow'
+	TRITON_INTERPRET=1 timeout $(INTERPRET_BUDGET) $(BIN)/pytest -n 2 --durations=5 -m '(interpret or gpu) and not slow'
 	timeout $(COMPILE_BUDGET) $(BIN)/pytest --durations=5 -m 'compile and not slow'
 
 test-all: lint types test-oldest test-pythons
 	timeout $(SLOW_BUDGET) $(BIN)/pytest --durations=10 -m 'not interpret and not compile'
-	TRITON_INTERPRET=1 timeout $(SLOW_BUDGET) $(BIN)/pytest -n 2 --durations=10 -m interpret
+	TRITON_INTERPRET=1 timeout $(SLOW_BUDGET) $(BIN)/pytest -n 2 --durations=10 -m 'interpret or gpu'
 	timeout $(SLOW_BUDGET) $(BIN)/pytest --durations=10 -m compile
 
 # The oldest versions that the project takes, for the part that depends on them most.
@@ -64,7 +64,7 @@ $(OLDEST)/.ready: pyproject.toml
 	@touch $@
 
 test-oldest: $(OLDEST)/.ready
-	TRITON_INTERPRET=1 timeout $(SLOW_BUDGET) $(OLDEST)/bin/pytest -n 2 -m interpret $(KERNEL_TESTS)
+	TRITON_INTERPRET=1 timeout $(SLOW_BUDGET) $(OLDEST)/bin/pytest -n 2 -m 'interpret or gpu' $(KERNEL_TESTS)
 	timeout $(SLOW_BUDGET) $(OLDEST)/bin/pytest -m 'compile and not slow' $(KERNEL_TESTS)
 
 # The plain tests with other versions of Python, where this machine has them.

@@ -139,14 +139,12 @@ def routed_linear(
     """
     g = len(adapted)
     z = bottleneck(x_h, routing_input, A, None, routing=routing, groups=g, dropout=dropout)
-    z, B = z.unflatten(-1, (g, -1)), B.unflatten(0, (g, -1))  # (…, g, r), (g, n, r)
-    update = torch.einsum("...gr,gnr->...gn", z, B) * s
-    update = update.to(base_out.dtype)
-    if of == 1:
-        return base_out + update.squeeze(-2)
+    if of == 1:  # no views, whose gradients would be gathered
+        return torch.add(base_out, F.linear(z, B).to(base_out.dtype), alpha=s)
     blocks = list(base_out.chunk(of, -1))
-    for group, segment in enumerate(adapted):
-        blocks[segment] = blocks[segment] + update[..., group, :]
+    for segment, z_g, B_g in zip(adapted, z.chunk(g, -1), B.chunk(g), strict=True):
+        update = F.linear(z_g, B_g).to(base_out.dtype)
+        blocks[segment] = torch.add(blocks[segment], update, alpha=s)
     return torch.cat(blocks, -1)
 
 

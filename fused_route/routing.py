@@ -28,6 +28,8 @@ def pooled(x_v: Tensor, mask: Tensor | None, pool: str) -> Tensor:
 
     Masked rows of x_v are zero already.
     """
+    if x_v.shape[-2] == 1:
+        return x_v
     if mask is None:
         return x_v.mean(-2, keepdim=True) if pool == "mean" else x_v[..., :1, :]
     if pool == "mean":

@@ -5,7 +5,7 @@
 
 Runs on CPU tensors: aten operations are seen by a dispatch mode, Triton kernels by the null driver
 (`null_driver.use_null_driver()`) or in Triton's interpreter (TRITON_INTERPRET=1). On a real driver
-Triton kernels are not seen.
+of Triton's kernels the library's own are seen.
 """
 
 import importlib.util
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -82,12 +83,30 @@ def _triton() -> Iterator[list[str]]:
     elif os.environ.get("TRITON_INTERPRET") == "1":
         with _interpreted(names):
             yield names
+    elif torch.cuda.is_available():
+        with _launched(names):
+            yield names
     else:
         from bench.offline import null_driver
 
         with null_driver.recorded() as recording:
             yield names
         names.extend(launch.kernel for launch in recording)
+
+
+@contextmanager
+def _launched(names: list[str]) -> Iterator[None]:
+    """Adds the kernels that the library launches in this block to `names`."""
+    from fused_route.kernels.launch import Launch
+
+    launch = Launch.__call__
+
+    def noted(self: Launch, *args: Any) -> None:
+        names.append(self.kernel.fn.__name__)
+        launch(self, *args)
+
+    with mock.patch.object(Launch, "__call__", noted):
+        yield
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from unittest import mock
 
 import torch
 
-from bench.chains import Chain, Layer
+from bench import formulations
+from bench.operands import Layer, Operands
+from bench.subject import Subject
 from fused_route.kernels.config import compiler_options
 from fused_route.kernels.launch import Launch
 
@@ -59,21 +61,28 @@ def best(
     return {name: seconds / repeats * 1e6 for name, seconds in times.items()}
 
 
+def operands(host: str) -> Operands:
+    """Tiny ones, with one visual vector without gradient."""
+    return Operands(Layer(host), S, T, D, R)
+
+
 def passes(host: str) -> dict[str, float]:
-    """Microseconds of forward and backward by way, with one visual vector without gradient."""
-    chain = Chain(Layer(host), S, T, D, R)
-    forward: dict[str, Callable[[], Any]] = {
-        "ours": chain.ours,
-        "module": chain.module,
-        "reference": partial(chain.ours, "reference"),
-        "by hand": chain.eager,
+    """Microseconds of forward and backward by way."""
+    o = operands(host)
+    module = o.module()
+    subjects = {
+        "ours": o.subject(formulations.library),
+        "module": o.subject(lambda o: module(o.x)),
+        "reference": o.subject(formulations.clean),
+        "by hand": o.subject(formulations.by_hand),
     }
+    subjects["module"].leaves |= dict(module.named_parameters())
 
-    def both(y: Callable[[], Any]) -> None:
-        chain.forget_gradients()
-        y().backward(chain.dy)
+    def both(subject: Subject) -> None:
+        subject.forget()
+        subject.forward().backward(subject.dy)
 
-    return best({way: partial(both, y) for way, y in forward.items()})
+    return best({way: partial(both, subject) for way, subject in subjects.items()})
 
 
 def launches(host: str) -> dict[str, tuple[float, float]]:
@@ -85,9 +94,9 @@ def launches(host: str) -> dict[str, tuple[float, float]]:
         seen[self.kernel.fn.__name__] = self, given
         launch(self, *given)
 
-    chain = Chain(Layer(host), S, T, D, R)
+    o = operands(host)
     with mock.patch.object(Launch, "__call__", noted):
-        chain.ours().backward(chain.dy)
+        formulations.library(o).backward(o.dy)
     found = {}
     for name, (again, given) in seen.items():
         _, grid, tensors, numbers = given

@@ -4,14 +4,17 @@ Aten operations and Triton kernels count alike, one each; on CPU tensors, with a
 launches nothing (`null_driver`) or in Triton's interpreter.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.chains import Chain, Layer
+from bench import formulations
 from bench.offline.count_launches import Launches, count, saved_bytes
+from bench.operands import Layer, Operands
 
 S, T, D, R = 4, 32, 64, 16  # bf16
 DROPOUTS = (0.0, 0.1)
@@ -45,14 +48,21 @@ class Cost(NamedTuple):
         return forward, backward
 
 
+def way(o: Operands, by: str) -> Callable[[], Tensor]:
+    """y of the operands by "ours", "eager" or "module"."""
+    if by == "module":
+        return partial(o.module(), o.x)
+    return partial({"ours": formulations.library, "eager": formulations.by_hand}[by], o)
+
+
 def cost(layer: Layer, by: str) -> Cost:
     """That of a layer by "ours", "eager" or "module"."""
-    chain = Chain(layer, S, T, D, R, torch.bfloat16)
-    call = getattr(chain, by)
+    o = Operands(layer, S, T, D, R, torch.bfloat16)
+    call = way(o, by)
     y: list[Tensor] = []
     forward = count(lambda: y.append(call()))
-    backward = count(lambda: y[0].backward(chain.dy))
-    return Cost(forward, backward, saved_bytes(call, exclude=chain.inputs))
+    backward = count(lambda: y[0].backward(o.dy))
+    return Cost(forward, backward, saved_bytes(call, exclude=o.inputs))
 
 
 def table() -> str:

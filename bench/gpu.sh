@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# Everything that is measured on one GPU, in parts that each end within eight minutes:
+#
+#     bench/gpu.sh [tests|ops|models|profile|all]
+#
+# tests    the gpu-marked smoke tests
+# ops      the headline operations: every provider, three processes
+# models   layers and training steps
+# profile  bytes by Nsight Compute, where it is installed
+# all      tests, ceilings, 16 operations and one step, in nine minutes
+#
+# Runs from a checkout without installing anything. What was measured stays in WORK (runs/gpu), and a
+# second call goes on from there; a part that is killed or fails stops no other. The folder OUT gets
+# summary.json, summary.md and logs.tar.gz, and the summary is printed last.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+part=${1:-all}
+case $part in tests|ops|models|profile|all) ;; *)
+    echo "bench/gpu.sh: part must be tests, ops, models, profile or all, got '$part'" >&2; exit 2;;
+esac
+
+WORK=${WORK:-runs/gpu}
+OUT=${OUT:-runs/gpu-out}
+PYTHON=${PYTHON:-python3}
+DEVICE=${DEVICE:-cuda}
+HEADLINE=${HEADLINE:-headline}  # another grid for a rehearsal
+MODELS=${MODELS:-models}
+mkdir -p "$WORK" "$OUT"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+# A checkout that was copied without links has files in their place.
+for layer in kernels training; do
+    [ -d "fused_route/$layer" ] || { rm -f "fused_route/$layer"; ln -s "../$layer" "fused_route/$layer"; }
+done
+
+RESULT=$WORK/results.json
+FEW="--provider reference --provider compile-folded --provider matmul-order --provider fused"
+EVERY="$FEW --provider published --provider peft --provider frozen --provider full"
+MODEL_WAYS="--provider reference --provider fused --provider peft --provider frozen"
+failed=()
+
+# limited SECONDS NAME COMMAND…: its output goes to a log, and its last lines to the screen.
+limited() {
+    local seconds=$1 name=$2; shift 2
+    echo "== $name (at most $seconds s)"
+    timeout --kill-after=15 "$seconds" "$@" > "$WORK/$name.log" 2>&1
+    local code=$?
+    tr '\r' '\n' < "$WORK/$name.log" | tail -n 12
+    [ $code -eq 0 ] || { failed+=("$name ($code)"); echo "== $name: exit $code"; }
+}
+
+bench() { echo "$PYTHON -m bench --device $DEVICE --out $RESULT"; }
+
+tests() { limited "$1" tests "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests; }
+ops() { limited "$1" ops $(bench) --grid "$HEADLINE" --case 'op/*' --warm 8 --budget "$(($1 - 40))" "${@:2}"; }
+models() { limited "$1" models $(bench) --grid "$MODELS" --budget "$(($1 - 60))" $MODEL_WAYS "${@:2}"; }
+profile() { limited "$1" profile "$PYTHON" -m bench profile "$RESULT" --budget "$(($1 - 30))"; }
+
+summarise() {
+    trap - EXIT TERM INT
+    if [ -f "$RESULT" ]; then
+        cp "$RESULT" "$OUT/summary.json"
+        "$PYTHON" -m bench report "$RESULT" --out "$WORK/report" > "$WORK/report.log" 2>&1 \
+            || { failed+=("report"); tail -n 5 "$WORK/report.log"; }
+        [ -f "$WORK/report/report.md" ] && cp "$WORK/report/report.md" "$OUT/summary.md"
+    fi
+    tar -czf "$OUT/logs.tar.gz" -C "$WORK" . 2>/dev/null
+    [ -f "$OUT/summary.md" ] && cat "$OUT/summary.md"
+    echo "failed: ${failed[*]:-nothing}"
+    echo "next: copy $OUT/summary.json to bench/results/ (python -m bench report says more)"
+    exit $((${#failed[@]} > 0))
+}
+trap summarise EXIT TERM INT
+
+case $part in
+    tests) tests 460;;
+    ops) ops 460 --processes 3 $EVERY;;
+    models) models 460 --processes 2;;
+    profile) profile 460;;
+    all)
+        tests 100
+        ops 330 --processes 2 --seconds 0.2 $FEW
+        models 90 --processes 1 --case 'step/gpt2/qkv/*' --case 'step/tiny/*'
+        ;;
+esac

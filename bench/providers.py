@@ -1,0 +1,160 @@
+"""Who is measured: the ways to compute a case, and what each is held to before it is timed.
+
+"exact" is the paper's formula, "eccv24" what the published code computes, "lora" plain LoRA; a
+yardstick computes less or more than the operation and is held to nothing.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench import formulations
+from bench.cases import Case
+from bench.matmul_order import MIXED, matmul_order
+from bench.operands import S_SCALE, Operands
+from bench.published import published
+from bench.subject import Subject
+from fused_route import coverage
+
+Make = Callable[[Operands], Subject]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to compute an operation.
+
+    Args:
+        says: what it is, in a line.
+        make: from operands to what is timed.
+        held_to: "exact", "eccv24", "lora", or "" for a yardstick.
+        compiles: needs a C++ compiler on the CPU, minutes for many cases anywhere.
+    """
+
+    says: str
+    make: Make
+    held_to: str = "exact"
+    compiles: bool = False
+
+
+def _way(function: Callable[[Operands], Tensor]) -> Make:
+    return lambda o: o.subject(function)
+
+
+def _compiled(function: Callable[[Operands], Tensor], **options: Any) -> Make:
+    """torch.compile of a formulation; sizes are constants of what it makes."""
+    return _way(torch.compile(function, dynamic=False, **options))
+
+
+def _peft(o: Operands) -> Subject:
+    """LoRA by PEFT on the whole base, without routing."""
+    from peft.tuners.lora import Linear, LoraConfig
+
+    assert o.weight is not None and o.bias is not None
+    base = nn.Linear(o.weight.shape[1], o.weight.shape[0], device="meta")
+    base.weight, base.bias = nn.Parameter(o.weight, False), nn.Parameter(o.bias, False)
+    config = LoraConfig(
+        r=o.r, lora_alpha=int(S_SCALE * o.r), lora_dropout=o.layer.dropout, init_lora_weights=False
+    )
+    layer = Linear(base, "default", config, r=o.r, lora_alpha=int(S_SCALE * o.r)).to(o.x)
+    layer.lora_A["default"].weight = nn.Parameter(_plain_A(o))
+    layer.lora_B["default"].weight = nn.Parameter(_plain_B(o))
+    weights = {
+        "A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight,
+    }  # fmt: skip
+    if o.layer.dropout > 0.0:
+        layer.lora_dropout["default"] = nn.Dropout(o.layer.dropout)
+    leaves = {"x": o.x, **weights}
+    return Subject(lambda: layer(o.x), leaves, o.dy, live=[*o.inputs, *weights.values()])
+
+
+def _plain_A(o: Operands) -> Tensor:
+    """(r, d): PEFT cannot adapt segments, so a fused projection gets one of rank r."""
+    return o.A.detach()[: o.r].clone()
+
+
+def _plain_B(o: Operands) -> Tensor:
+    """(of·d, r)."""
+    rows = o.dy.shape[-1]
+    return o.B.detach().repeat(2, 1)[:rows].clone()
+
+
+def lora(o: Operands) -> Subject:
+    """What PEFT is held to: y = x Wᵀ + b + s · x Aᵀ Bᵀ."""
+    A, B = (t.requires_grad_() for t in (_plain_A(o), _plain_B(o)))
+
+    def forward() -> Tensor:
+        return formulations.frozen(o) + S_SCALE * F.linear(F.linear(o.x, A), B)
+
+    return Subject(forward, {"x": o.x, "A": A, "B": B}, o.dy, live=o.inputs)
+
+
+def _frozen(o: Operands) -> Subject:
+    return Subject(partial(formulations.frozen, o), {"x": o.x}, o.dy, live=o.inputs)
+
+
+def _full(o: Operands) -> Subject:
+    """Fine-tuning the base itself: y, dx and dW."""
+    assert o.weight is not None
+    weight = o.weight.detach().clone().requires_grad_()
+
+    def forward() -> Tensor:
+        return F.linear(o.x, weight, o.bias)
+
+    return Subject(forward, {"x": o.x, "W": weight}, o.dy, live=[*o.inputs, weight])
+
+
+PROVIDERS: dict[str, Provider] = {
+    "reference": Provider("the library's eager torch", _way(formulations.clean)),
+    "published": Provider("the published formulation", _way(published), "eccv24"),
+    "compile": Provider(
+        "torch.compile of the reference", _compiled(formulations.clean), compiles=True
+    ),
+    "compile-folded": Provider(
+        "torch.compile with s folded into z", _compiled(formulations.folded), compiles=True
+    ),
+    "max-autotune": Provider(
+        "the same, mode max-autotune",
+        _compiled(formulations.folded, mode="max-autotune-no-cudagraphs"), compiles=True,
+    ),
+    "matmul-order": Provider(
+        "Unsloth's and axolotl's order of products, with routing", _way(matmul_order)
+    ),
+    "peft": Provider("plain LoRA by PEFT, no routing", _peft, "lora"),
+    "fused": Provider("the library's kernels", _way(formulations.library)),
+    "frozen": Provider("the base alone: y and dx", _frozen, ""),
+    "full": Provider("the base's full fine-tuning: y, dx and dW", _full, ""),
+}  # fmt: skip
+
+
+def obstacle(name: str, case: Case, device: torch.device) -> str | None:
+    """Why a provider is left out of an operation, or None."""
+    layer_has_base = case.host != "adapter"
+    if name in ("peft", "frozen", "full") and not layer_has_base:
+        return "an adapter has no base"
+    if name == "peft" and importlib.util.find_spec("peft") is None:
+        return "peft is not installed"
+    if name == "matmul-order" and (case.route not in MIXED or case.dropout > 0.0):
+        return "written for five routes, without dropout"
+    if name == "published" and case.Nv > 1 and case.route in ("add", "mul", "expand"):
+        return "the published code pairs tokens there"
+    if name == "fused":
+        return coverage.device_obstacle(device)
+    return None
+
+
+def check_names(names: list[str]) -> list[str]:
+    """The names, each a provider.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name in names:
+        if name not in PROVIDERS:
+            raise ValueError(f"provider must be one of {', '.join(PROVIDERS)}, got {name!r}")
+    return names

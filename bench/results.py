@@ -1,0 +1,152 @@
+"""Result files: one JSON for each device and commit, and where it was measured."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import Case
+
+FOLDER = Path(__file__).parent / "results"
+TOP = Path(__file__).parent.parent
+PASSES = ("forward", "backward", "both")
+# Eager calls with the host's time; replay of a CUDA graph with a cold cache; sum of kernels.
+TIMINGS = ("wall", "graph", "kernels")
+
+
+@dataclass
+class Record:
+    """One provider of one case, measured in one process.
+
+    Args:
+        case: as `Case.to_json`; name: `Case.name`.
+        provider: of `bench.providers.PROVIDERS`.
+        process: its number; medians of several tell how far they spread.
+        gate: what the correctness gate found: the worst ratio to eager's error (at most 2).
+        times: µs, by timing and pass: [median, 20 %, 80 %]. "backward" of a graph is the
+            difference of the other two.
+        bytes: "saved" for the backward pass, "peak" above what lived before (GPU), "moved" as
+            the profiler counts (GPU).
+        launches: of forward and backward pass: aten operations and Triton kernels.
+        kernels: device kernels of both passes, as the profiler counts (GPU).
+        absent: why a timing was not taken, by its name.
+        error: why there are no times at all.
+    """
+
+    name: str
+    case: dict[str, Any]
+    provider: str
+    process: int = 0
+    gate: float | None = None
+    times: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    bytes: dict[str, float] = field(default_factory=dict)
+    launches: list[int] | None = None
+    kernels: float | None = None
+    absent: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
+
+    def of_case(self) -> Case:
+        return Case(**self.case)
+
+
+@dataclass
+class Results:
+    """What one run measured.
+
+    Args:
+        environment: device, driver, versions, commit, date: `environment()`.
+        ceilings: "copy" bytes/s, "matmul" FLOP/s of the dtype in "dtype": measured in the run.
+        records: in the order measured.
+    """
+
+    environment: dict[str, Any]
+    ceilings: dict[str, Any]
+    records: list[Record]
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        beside.replace(path)
+
+
+def read(path: Path) -> Results:
+    """A result file.
+
+    Raises:
+        ValueError: not there, damaged, or no result file.
+    """
+    try:
+        found = json.loads(path.read_text())
+        records = [Record(**record) for record in found["records"]]
+        return Results(found["environment"], found["ceilings"], records)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no result file of python -m bench: {error}") from None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where and when: device, driver, versions, commit, date (UTC)."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu(),
+        "kind": "gpu" if on_gpu else "cpu",
+        "driver": _driver() if on_gpu else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "peft")},
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def path_for(environment: dict[str, Any]) -> Path:
+    """bench/results/<device>-<commit>.json."""
+    device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+    return FOLDER / f"{device}-{environment['commit']}.json"
+
+
+def _cpu() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (name := re.search(r"model name\s*: (.*)", info.read_text())):
+        return name[1]
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return said.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """Short hash, with + where tracked files differ from it; COMMIT where there is no git."""
+    try:
+        commit = _git("rev-parse", "--short=8", "HEAD")
+        return commit + ("+" if _git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT", "unknown")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(TOP), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,214 @@
+"""`python -m bench`: cases measured in several processes, written down as they come.
+
+Each process appends its records to a file of its own beside the result file, and starts where an
+interrupted one stopped; the result file holds all of them, and is written anew after every case.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench import protocol, results
+from bench.cases import GRIDS, Case, grid
+from bench.operands import DTYPES
+from bench.providers import PROVIDERS, check_names, obstacle
+from bench.results import Record, Results
+
+# What is measured where nothing is said: a grid, and the providers that need no compiler's minutes.
+DEFAULT_GRID = {"cuda": "headline", "cpu": "cpu"}
+DEFAULT_PROVIDERS = {
+    "cuda": ["reference", "published", "compile-folded", "matmul-order", "peft", "fused", "frozen",
+             "full"],
+    "cpu": ["reference", "published", "matmul-order", "peft", "frozen", "full"],
+}  # fmt: skip
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of a run."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--grid", default=DEFAULT_GRID[device], help=f"one of {', '.join(GRIDS)}")
+    parser.add_argument("--case", action="append", help="only cases whose name matches this glob")
+    parser.add_argument(
+        "--provider", action="append", help=f"repeatable, of {', '.join(PROVIDERS)}"
+    )
+    parser.add_argument("--device", default=device, help="cuda or cpu")
+    parser.add_argument("--processes", type=int, default=3, help="how often all of it is repeated")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of samples for each timing")
+    parser.add_argument("--budget", type=float, help="seconds after which no case is begun")
+    parser.add_argument(
+        "--warm", type=int, default=0, help="first compile in this many processes at once (GPU)"
+    )
+    parser.add_argument("--out", type=Path, help="result file (default: bench/results/…)")
+    parser.add_argument("--list", action="store_true", help="list cases and providers, run none")
+    parser.add_argument("--process", type=int, help="only this one of the processes, in this one")
+    parser.add_argument("--share", help="i/n: only run the gates of every n-th case from the i-th")
+
+
+def run(arguments: Namespace) -> int:
+    """Lists or measures; 1 where a provider failed."""
+    cases, names = chosen(arguments)
+    if arguments.list:
+        print(listing(cases, names, torch.device(arguments.device)))
+        return 0
+    if arguments.device == "cpu" and arguments.process is None:
+        print(
+            "on a CPU: plain torch against plain torch; the kernels need a GPU and are left out",
+            file=sys.stderr,
+        )
+    out = arguments.out or results.path_for(results.environment(torch.device(arguments.device)))
+    if arguments.share:
+        return warm_up(cases, names, arguments)
+    if arguments.process is not None:
+        measure_all(cases, names, arguments, out)
+        return 0
+    stop = time.monotonic() + arguments.budget if arguments.budget else None
+    again = [sys.executable, "-m", "bench", *sys.argv[1:], "--out", str(out)]
+    shares = [
+        subprocess.Popen([*again, "--share", f"{i}/{arguments.warm}"], stderr=subprocess.DEVNULL)
+        for i in range(arguments.warm if arguments.device == "cuda" else 0)
+    ]
+    for share in shares:
+        share.wait()
+    for process in range(arguments.processes):
+        left = [] if stop is None else ["--budget", str(max(1.0, stop - time.monotonic()))]
+        subprocess.run([*again, "--process", str(process), *left], check=False)
+    if not out.exists():
+        raise ValueError(f"out={str(out)!r}: no process measured anything; see above")
+    return conclude(out)
+
+
+def chosen(arguments: Namespace) -> tuple[list[Case], list[str]]:
+    """The cases and providers that were asked for.
+
+    Raises:
+        ValueError: a name that is none, or a number that is not positive.
+    """
+    if arguments.device not in DEFAULT_GRID:
+        raise ValueError(f"device must be cuda or cpu, got {arguments.device!r}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda', but torch sees no GPU; use --device cpu")
+    for name in ("processes", "seconds"):
+        if getattr(arguments, name) <= 0:
+            raise ValueError(f"{name} must be positive, got {getattr(arguments, name)}")
+    names = arguments.provider or DEFAULT_PROVIDERS[arguments.device]
+    return grid(arguments.grid, arguments.case), check_names(names)
+
+
+def listing(cases: list[Case], names: list[str], device: torch.device) -> str:
+    """Cases by name, with the providers that each has."""
+    lines = []
+    for case in cases:
+        has = [name for name in names if case.kind != "op" or not obstacle(name, case, device)]
+        lines.append(f"{case.name:58} {' '.join(has)}")
+    told = "\n".join(f"  {name:15} {PROVIDERS[name].says}" for name in names)
+    return "\n".join([*lines, "", f"{len(cases)} cases; providers:", told,
+                      "next: the same command without --list"])  # fmt: skip
+
+
+def part(out: Path, process: int) -> Path:
+    """Where a process writes its records."""
+    return out.with_name(f"{out.stem}.process{process}.jsonl")
+
+
+def measure_all(cases: list[Case], names: list[str], arguments: Namespace, out: Path) -> None:
+    """Measures what this process has not yet, a line for each record."""
+    from bench.measure import Settings, measure
+
+    device = torch.device(arguments.device)
+    settings = Settings(device, arguments.seconds, arguments.process)
+    lines = part(out, arguments.process)
+    lines.parent.mkdir(parents=True, exist_ok=True)
+    done = {(record.name, record.provider) for record in records_in(lines)}
+    about = {
+        "environment": results.environment(device),
+        "ceilings": protocol.ceilings(device, DTYPES[cases[0].dtype]),
+    }
+    stop = time.monotonic() + arguments.budget if arguments.budget else float("inf")
+    bar = tqdm(cases, desc=f"process {arguments.process}", unit="case", smoothing=0)
+    for case in bar:
+        bar.set_postfix_str(case.name)
+        left = [name for name in names if (case.name, name) not in done]
+        if not left or time.monotonic() > stop:
+            continue
+        found = measure(case, left, settings)
+        append(lines, found)
+        merge(out, about)
+
+
+def append(lines: Path, records: list[Record]) -> None:
+    """Adds records to a process's file, on lines of their own after one that a kill cut off."""
+    before = lines.read_text() if lines.exists() else ""
+    with lines.open("a") as file:
+        file.write("" if not before or before.endswith("\n") else "\n")
+        for record in records:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+
+def warm_up(cases: list[Case], names: list[str], arguments: Namespace) -> int:
+    """Runs some cases' gates, so that compilers have their results on disk; says nothing of them.
+
+    Triton compiles in one thread: several processes at once save minutes of a short lease.
+    """
+    from bench.measure import Settings, makers_of
+
+    first, of = map(int, arguments.share.split("/"))
+    for case in cases[first::of]:
+        for maker in makers_of(case, names, Settings(torch.device(arguments.device))).values():
+            with contextlib.suppress(Exception):  # measured again, and said, in the run itself
+                maker.gate()
+    return 0
+
+
+def records_in(lines: Path) -> list[Record]:
+    """Those of a process; a line that a kill cut off counts as not measured."""
+    found = []
+    for line in lines.read_text().splitlines() if lines.exists() else ():
+        try:
+            found.append(Record(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return found
+
+
+def merge(out: Path, about: dict[str, dict[str, object]]) -> None:
+    """Writes the result file from what all processes wrote."""
+    parts = sorted(out.parent.glob(f"{out.stem}.process*.jsonl"))
+    records = [record for lines in parts for record in records_in(lines)]
+    add_moved(out, records)
+    Results(about["environment"], about["ceilings"], records).write(out)
+
+
+def moved_file(out: Path) -> Path:
+    """Where `python -m bench profile` writes the bytes that were moved."""
+    return out.with_name(f"{out.stem}.moved.jsonl")
+
+
+def add_moved(out: Path, records: list[Record]) -> None:
+    """Adds what was profiled to the records of the same case and provider."""
+    lines = moved_file(out)
+    found = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    by_name = {(line["name"], line["provider"]): line["moved"] for line in found}
+    for record in records:
+        if (moved := by_name.get((record.name, record.provider))) is not None:
+            record.bytes["moved"] = moved
+
+
+def conclude(out: Path) -> int:
+    """Says what was found; 1 where a provider failed."""
+    found = results.read(out)
+    failed = [record for record in found.records if record.error is not None]
+    for record in failed:
+        print(f"{record.name} {record.provider}: {record.error}")
+    processes = {record.process for record in found.records}
+    print(f"{len(found.records)} records of {len(processes)} processes in {out}, "
+          f"{len(failed)} failed")  # fmt: skip
+    print(f"next: python -m bench report {out}")
+    return int(bool(failed))

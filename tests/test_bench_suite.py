@@ -1,0 +1,224 @@
+"""The benchmark suite: cases, providers, the gate before them, runs that can be interrupted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import formula, measure, profile, protocol, providers, results, run
+from bench.__main__ import main
+from bench.cases import GRIDS, HOSTS, ROUTES, Case, grid, op
+from bench.correct import Gate
+from bench.measure import Settings
+from bench.operands import Operands
+from bench.providers import PROVIDERS, Provider
+from bench.results import Record
+
+CPU = torch.device("cpu")
+TINY = Case("op", "adapter", "mul", 24, 4, 3, 5, dtype="fp32")
+EAGER = ("reference", "published", "matmul-order", "peft", "frozen", "full")
+
+
+def test_every_case_of_a_grid_has_a_name_of_its_own() -> None:
+    for name in GRIDS:
+        cases = grid(name)
+        assert len({case.name for case in cases}) == len(cases), name
+
+
+def test_the_headline_has_sixteen_operations_and_a_step() -> None:
+    assert [case.kind for case in grid("headline")] == ["op"] * 16 + ["step"]
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"grid must be one of headline.*got 'huge'"):
+        grid("huge")
+    with pytest.raises(ValueError, match="none of grid 'cpu' matches op/nothing"):
+        grid("cpu", ["op/nothing"])
+    with pytest.raises(ValueError, match=r"provider must be one of reference.*got 'magic'"):
+        providers.check_names(["magic"])
+
+
+def offered() -> list[tuple[str, str, str]]:
+    """(provider, host, route) of every eager way to compute something."""
+    return [
+        (name, host, route)
+        for name in EAGER
+        for host in HOSTS
+        for route in ROUTES
+        if providers.obstacle(name, replace(TINY, host=host, route=route), CPU) is None
+    ]
+
+
+@pytest.mark.parametrize(("name", "host", "route"), offered())
+def test_a_provider_computes_what_it_is_held_to(name: str, host: str, route: str) -> None:
+    operands = Operands.of_case(replace(TINY, host=host, route=route), CPU)
+    worst = Gate(operands).worst(name, PROVIDERS[name].make(operands).results())
+    assert (worst is None) == (not PROVIDERS[name].held_to)
+
+
+@pytest.mark.parametrize("name", ["reference", "published", "matmul-order"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_several_visual_tokens(host: str, name: str) -> None:
+    operands = Operands.of_case(replace(TINY, host=host, route="gram", Nv=3), CPU)
+    assert Gate(operands).worst(name, PROVIDERS[name].make(operands).results()) is not None
+
+
+def test_plain_lora_is_in_every_grid_with_a_base() -> None:
+    assert providers.obstacle("peft", op("linear", "none", 768, 64, 2_000), CPU) is None
+    assert "adapter" in (providers.obstacle("peft", TINY, CPU) or "")
+    assert "GPU" in (providers.obstacle("fused", TINY, CPU) or "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", [name for name, p in PROVIDERS.items() if p.compiles])
+def test_a_compiled_provider_computes_it_too(name: str, host: str) -> None:
+    operands = Operands.of_case(replace(TINY, host=host), CPU)
+    assert Gate(operands).worst(name, PROVIDERS[name].make(operands).results()) is not None
+
+
+def wrong(o: Operands) -> Tensor:
+    """A provider whose y is 5 % off."""
+    return 1.05 * o.x + o.x.sum() * 0
+
+
+def test_what_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROVIDERS, "wrong", Provider("wrong", lambda o: o.subject(wrong)))
+    names = ["wrong", "reference"]
+    bad, good = measure.measure(TINY, names, Settings(CPU, seconds=0.02))
+    assert bad.error is not None and "AssertionError" in bad.error and not bad.times
+    assert good.error is None and good.times["wall"]["both"][0] > 0.0
+    assert good.launches == [6, 15] and good.bytes["saved"] > 0
+
+
+def test_one_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(o: Operands) -> Tensor:
+        raise RuntimeError("no memory\nat all")
+
+    monkeypatch.setitem(PROVIDERS, "fails", Provider("fails", lambda o: o.subject(fails), ""))
+    bad, good = measure.measure(TINY, ["fails", "reference"], Settings(CPU, seconds=0.02))
+    assert bad.error is not None and bad.error.startswith("RuntimeError: no memory (")
+    assert good.times
+
+
+def test_gradients_are_none_before_every_call() -> None:
+    operands = Operands.of_case(TINY, CPU)
+    seen = []
+
+    def watching(o: Operands) -> Tensor:
+        seen.append([leaf.grad is None for leaf in (o.A, o.B, o.x)])
+        return o.x @ o.A.T @ o.B.T
+
+    protocol.samples(operands.subject(watching), protocol.HostClock(), 4)
+    assert seen == [[True] * 3] * 4
+
+
+def test_input_sets_exceed_the_cache() -> None:
+    assert protocol.input_sets(1e6) * 1e6 > protocol.COLD_BYTES
+    assert protocol.input_sets(1e9) == 3
+
+
+def test_equal_arguments_give_equal_operands() -> None:
+    first, second, other = (Operands.of_case(TINY, CPU, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first.inputs, second.inputs, strict=True))
+    assert not torch.equal(first.x, other.x)
+
+
+RUN = ["--grid", "smoke", "--case", "op/adapter/mul/*", "--device", "cpu", "--seconds", "0.02"]
+
+
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    given = [*RUN, "--provider", "reference", "--out", str(out)]
+    assert main([*given, "--process", "0"]) == 0
+    lines = run.part(out, 0)
+    first = lines.read_text()
+    lines.write_text(first + '{"name": "cut o')
+    assert main([*given, "--provider", "published", "--process", "0"]) == 0
+    assert lines.read_text().startswith(first)
+    found = results.read(out)
+    assert [record.provider for record in found.records] == ["reference", "published"]
+    assert found.environment["kind"] == "cpu" and found.ceilings["copy"] > 0
+
+
+def test_processes_are_repeated_and_merged(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [*RUN, "--provider", "reference", "--processes", "2", "--out", str(tmp_path / "r.json")]
+    monkeypatch.setattr("sys.argv", ["bench", *given])
+    assert main(given) == 0
+    said = capfd.readouterr()
+    assert "2 records of 2 processes" in said.out and "next: python -m bench report" in said.out
+    assert "kernels need a GPU" in said.err
+    assert {record.process for record in results.read(tmp_path / "r.json").records} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--grid", "huge"], "grid must be one of"),
+        (["--provider", "magic"], "provider must be one of"),
+        (["--device", "tpu"], "device must be cuda or cpu"),
+        (["--seconds", "0"], "seconds must be positive"),
+        (["profile", "nowhere.json"], "ncu"),
+    ],
+)
+def test_bad_input_is_an_error_without_a_traceback(
+    given: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert main(given) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_list_says_who_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*RUN, "--list"]) == 0
+    said = capsys.readouterr().out
+    assert "op/adapter/mul/d32/r8/M12" in said and "1 cases" in said and "next:" in said
+
+
+def test_a_foreign_result_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"records": 3}')
+    with pytest.raises(ValueError, match=r"r\.json is no result file"):
+        results.read(tmp_path / "r.json")
+
+
+NCU = """==PROF== Connected
+"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","routed_forward","dram__bytes_read.sum","Mbyte","12.5"
+"0","routed_forward","dram__bytes_write.sum","Kbyte","1,500"
+"1","routed_backward","dram__bytes_read.sum","byte","64"
+"""
+
+
+def test_bytes_of_a_profile() -> None:
+    assert profile.bytes_in(NCU) == pytest.approx(12.5e6 + 1.5e6 + 64)
+    assert profile.bytes_in("==ERROR== no permission") is None
+
+
+def test_a_profile_is_added_to_its_case_alone(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    line = {"name": TINY.name, "provider": "fused", "moved": 5.0}
+    run.moved_file(out).write_text(json.dumps(line) + "\n")
+    records = [Record(TINY.name, TINY.to_json(), name) for name in ("fused", "reference")]
+    run.add_moved(out, records)
+    assert [record.bytes for record in records] == [{"moved": 5.0}, {}]
+
+
+@pytest.mark.parametrize(
+    ("host", "floor", "fused"), [("adapter", 84, 109), ("linear", 121, 239), ("qkv", 338, 508)]
+)
+def test_formulas_give_the_modelled_times(host: str, floor: float, fused: float) -> None:
+    """µs at 3 TB/s and 800 TFLOP/s, d = 768, r = 64, M = 32768, worked out by hand."""
+    case = op(host, "mul", 768, 64, 32_768)
+    assert formula.floor_seconds(case, "both", **formula.H100) * 1e6 == pytest.approx(floor, abs=1)
+    assert formula.modelled_seconds(case, "both") * 1e6 == pytest.approx(fused, abs=1)
+    moved = formula.moved(case, "fused")
+    assert moved is not None and moved["both"] == moved["forward"] + moved["backward"]
+    assert moved["both"] > formula.least_bytes(case, "both")

@@ -1,0 +1,387 @@
+"""The search for tiles: its log, its choice, and how a tile is judged; never its times."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench import tile_trials, tune
+from bench.offline.gates import CHIPS, HEAVIEST, RANKS, layers_of, unique
+from bench.tile_trials import Cell, Job, Verdicts
+from bench.tune import Log, Record, Tools
+from fused_route.kernels import config
+from fused_route.kernels.config import Tile
+
+CELL = Cell("forward", 64, "bf16")
+FEW, MANY = CELL.present
+OTHER = Tile(64, 64, 4, 3)
+CELLS = [CELL, Cell("weights", 16, "bf16")]
+CHIP = 90
+
+
+class Fake:
+    """Tools that count what they are asked; times by tile, 10 µs unless told."""
+
+    def __init__(self) -> None:
+        self.times: dict[Tile, float] = {}
+        self.bad: dict[tuple[Tile, int | str], str] = {}  # (tile, chip): what the gates say
+        self.wrong: set[Tile] = set()
+        self.asked: Counter[tuple[str, Cell, Tile]] = Counter()
+
+    def gate(self, jobs: Sequence[Job]) -> Verdicts:
+        for job in jobs:
+            self.asked[f"gate {job.chip}", job.cell, job.tile] += 1
+            fault = self.bad.get((job.tile, job.chip))
+            yield [] if fault is None else [fault]
+
+    def agree(self, cell: Cell, tile: Tile) -> None:
+        self.asked["agree", cell, tile] += 1
+        if tile in self.wrong:
+            raise AssertionError("dB: 3 times eager's error")
+
+    def timer(self, cell: Cell, tile: Tile) -> tune.Times:
+        assert self.asked["agree", cell, tile], "timed before its results were compared"
+        assert self.asked[f"gate {CHIP}", cell, tile], "timed before it was compiled"
+        self.asked["time", cell, tile] += 1
+        median = self.times.get(tile, 10.0)
+        return {rows: [median, median, median] for rows in ("few", "many")}
+
+    @property
+    def tools(self) -> Tools:
+        return Tools(self.gate, self.agree, self.timer)
+
+
+@pytest.fixture
+def fake() -> Fake:
+    return Fake()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "results" / "tune.jsonl"
+
+
+def record(tile: Tile, few: float, many: float, spread: float = 0.0) -> Record:
+    times = {"few": few, "many": many}
+    ranges = {rows: [t, t * (1 - spread / 2), t * (1 + spread / 2)] for rows, t in times.items()}
+    return Record(Job(CELL, tile, CHIP), [], ranges)
+
+
+class TestCandidates:
+    @pytest.mark.parametrize("kernel", config.TILES)
+    def test_of_every_cell(self, kernel: str) -> None:
+        for (R_PAD, size), own in config.TILES[kernel].items():
+            found = tune.candidates(kernel, R_PAD, size)
+            assert 10 < len(found) == len(set(found)) <= 40
+            assert found[: len(set(own))] == list(dict.fromkeys(own))
+            for tile in found:
+                for number in (tile.BM, tile.BN, tile.warps):
+                    assert number & (number - 1) == 0
+                assert tile.BM >= 16 <= tile.BN
+
+    def test_all_cells_take_turns(self) -> None:
+        jobs = tune.jobs(CELLS, CHIP)
+        assert [job.cell for job in jobs[:4]] == CELLS * 2
+        assert len(jobs) == len(set(jobs)) == 80
+
+
+class TestSweep:
+    def test_a_second_run_skips_what_the_log_has(self, fake: Fake, path: Path) -> None:
+        wanted = tune.jobs(CELLS, CHIP)
+        calls = iter(range(6))
+        tune.sweep(wanted, Log(path, "GPU"), fake.tools, lambda: next(calls) == 5)
+        assert len(path.read_text().splitlines()) == 5
+        tune.sweep(wanted, Log(path, "GPU"), fake.tools)
+        assert len(path.read_text().splitlines()) == len(wanted)
+        assert {(cell, tile) for _, cell, tile in fake.asked} == {job[:2] for job in wanted}
+        assert all(n == 1 for (what, *_), n in fake.asked.items() if what == "time")
+        before = fake.asked.total()
+        tune.sweep(wanted, Log(path, "GPU"), fake.tools)
+        assert fake.asked.total() == before
+
+    def test_a_line_cut_off_by_a_kill_costs_that_line(self, fake: Fake, path: Path) -> None:
+        wanted = tune.jobs([CELL], CHIP)[:3]
+        tune.sweep(wanted, Log(path, "GPU"), fake.tools)
+        path.write_bytes(path.read_bytes()[:-20])
+        log = Log(path, "GPU")
+        assert log.done() == set(wanted[:2])
+        tune.sweep(wanted, log, fake.tools)
+        assert Log(path, "GPU").done() == set(wanted)
+        assert Log(path, "GPU").records == log.records
+
+    def test_what_fails_is_not_timed_and_not_chosen(self, fake: Fake, path: Path) -> None:
+        wanted = tune.jobs([CELL], CHIP)
+        fake.times = {job.tile: 1.0 + i for i, job in enumerate(reversed(wanted))}
+        fake.bad[wanted[-1].tile, CHIP] = "2 spills"
+        fake.wrong.add(wanted[-2].tile)
+        log = Log(path, "GPU")
+        tune.sweep(wanted, log, fake.tools)
+        for job in wanted[-2:]:
+            assert not fake.asked["time", CELL, job.tile]
+        faults = {record.job.tile: record.faults for record in log.records}
+        assert faults[wanted[-1].tile] == ["2 spills"]
+        assert faults[wanted[-2].tile] == ["AssertionError: dB: 3 times eager's error"]
+        assert tune.choose(log.records) == {CELL: (wanted[-3].tile, wanted[-3].tile)}
+
+    def test_what_breaks_the_gpu_is_put_down_and_left_out(self, fake: Fake, path: Path) -> None:
+        def breaks(cell: Cell, tile: Tile) -> tune.Times:
+            raise RuntimeError("illegal memory access")
+
+        wanted = tune.jobs([CELL], CHIP)[:2]
+        with pytest.raises(RuntimeError, match="illegal"):
+            tune.sweep(wanted, Log(path, "GPU"), replace(fake.tools, timer=breaks))
+        log = Log(path, "GPU")
+        assert log.done() == {wanted[0]} and "illegal" in log.records[0].faults[0]
+        tune.sweep(wanted, log, fake.tools)
+        assert not fake.asked["time", CELL, wanted[0].tile]
+
+    def test_memory_that_is_short_is_not_the_tiles_fault(self, fake: Fake, path: Path) -> None:
+        def full(cell: Cell, tile: Tile) -> tune.Times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        with pytest.raises(torch.OutOfMemoryError):
+            tune.sweep(tune.jobs([CELL], CHIP), Log(path, "GPU"), replace(fake.tools, timer=full))
+        assert not path.exists()
+
+
+class TestLog:
+    def test_other_devices_and_other_kernels_are_left_alone(self, fake: Fake, path: Path) -> None:
+        tune.sweep(tune.jobs([CELL], CHIP)[:2], Log(path, "GPU"), fake.tools)
+        assert Log(path, "other GPU").records == []
+        line = json.loads(path.read_text().splitlines()[0])
+        with path.open("a") as file:
+            file.write(json.dumps(line | {"code": "older", "R_PAD": 128}) + "\n")
+        assert len(Log(path, "GPU").records) == 2
+
+    def test_without_a_device_the_file_must_name_one(self, fake: Fake, path: Path) -> None:
+        wanted = tune.jobs([CELL], CHIP)[:1]
+        with pytest.raises(ValueError, match=r"must hold records of one GPU .* got none"):
+            Log(path, None)
+        tune.sweep(wanted, Log(path, "GPU"), fake.tools)
+        assert Log(path, None).device == "GPU"
+        tune.sweep(wanted, Log(path, "other"), fake.tools)
+        with pytest.raises(ValueError, match="got GPU, other"):
+            Log(path, None)
+
+
+class TestChoice:
+    def test_the_fastest_for_few_and_for_many_rows(self) -> None:
+        records = [record(FEW, 10.0, 99.0), record(MANY, 12.0, 80.0), record(OTHER, 8.0, 90.0)]
+        assert tune.choose(records) == {CELL: (OTHER, MANY)}
+
+    @pytest.mark.parametrize(("time", "spread"), [(9.8, 0.0), (9.0, 0.2), (10.0, 0.0)])
+    def test_a_gain_within_the_spread_changes_nothing(self, time: float, spread: float) -> None:
+        records = [record(FEW, 10.0, 10.0, spread), record(OTHER, time, 99.0)]
+        assert tune.choose([*records, record(MANY, 99.0, 10.0)]) == {CELL: (FEW, MANY)}
+
+    def test_a_present_tile_is_replaced_only_if_measured_or_unsound(self) -> None:
+        assert tune.choose([record(OTHER, 1.0, 1.0)]) == {CELL: (FEW, MANY)}
+        unsound = Record(Job(CELL, FEW, CHIP), ["2 spills"], {})
+        assert tune.choose([record(OTHER, 1.0, 1.0), unsound]) == {CELL: (OTHER, MANY)}
+        assert tune.choose([unsound]) == {CELL: (FEW, MANY)}
+
+    def test_a_winner_must_pass_for_all_chips(self, fake: Fake, path: Path) -> None:
+        wanted = tune.jobs(CELLS, CHIP)
+        first, second, third = [job.tile for job in wanted if job.cell == CELL][-3:]
+        fake.times = {first: 5.0, second: 6.0, third: 7.0}
+        fake.bad = {(first, "all"): "80: 2 spills"}
+        log = Log(path, "GPU")
+        tune.sweep(wanted, log, fake.tools)
+        chosen, left = tune.confirmed(log, CELLS, fake.tools)
+        assert left == 0 and chosen[CELL] == (second, second)
+        assert fake.asked["gate all", CELL, first] == fake.asked["gate all", CELL, second] == 1
+        assert not fake.asked["gate all", CELL, third]
+        tune.confirmed(Log(path, "GPU"), CELLS, fake.tools)
+        assert fake.asked["gate all", CELL, second] == 1
+
+    def test_without_time_to_compile_it_no_tile_enters(self, fake: Fake, path: Path) -> None:
+        log = Log(path, "GPU")
+        for each in (record(FEW, 9.0, 99.0), record(MANY, 99.0, 9.0), record(OTHER, 5.0, 5.0)):
+            log.add(each)
+        assert tune.confirmed(log, [CELL], fake.tools, lambda: True) == ({CELL: (FEW, MANY)}, 1)
+        assert tune.confirmed(log, [CELL], fake.tools) == ({CELL: (OTHER, OTHER)}, 0)
+
+
+def test_rows_are_printed_as_they_stand_in_the_table() -> None:
+    source = Path(config.__file__).read_text()
+    kept = {
+        cell: cell.present
+        for kernel in config.TILES
+        for numbers in ("bf16", "fp32")
+        for cell in (Cell(kernel, R, numbers) for R in RANKS)
+    }
+    for line in tune.table(kept).splitlines():
+        assert line in source.splitlines()
+    assert len(tune.table(kept).splitlines()) == len(kept) + 2 * len(config.TILES)
+
+
+class TestMain:
+    def test_says_that_it_needs_a_gpu(self, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        for out in (None, path):
+            with pytest.raises(ValueError, match="tune needs a GPU and torch finds none"):
+                tune.main(Namespace(out=out))
+
+    def test_chooses_from_a_log_without_one(
+        self,
+        fake: Fake,
+        path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        fake.times = {OTHER: 5.0}
+        assert OTHER in tune.candidates(*CELL[:2], 2)
+        tune.sweep(tune.jobs([CELL], CHIP), Log(path, "GPU"), fake.tools)
+        assert tune.main(Namespace(out=path, kernels=["forward"]), fake.tools) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert "        (64, 2): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))," in printed
+        gain = "forward (64, 2) few: Tile(32, 64, 4, 3) 10.0 µs, Tile(64, 64, 4, 3) 5.0 µs"
+        assert gain in printed
+        assert printed[-1].startswith("next: these rows")
+
+    def test_stops_when_the_time_is_over(
+        self,
+        fake: Fake,
+        path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+        monkeypatch.setattr(tune, "chip_of", lambda: CHIP)
+        some = Namespace(kernels=["weights"], ranks=[16], out=path, budget=1e-9)
+        assert tune.main(some, fake.tools) == 0 and not path.exists()
+        assert "40 tiles are left" in capsys.readouterr().out.splitlines()[-1]
+        some.budget, some.out = None, None
+        monkeypatch.setattr(tune, "FOLDER", path.parent)
+        assert tune.main(some, fake.tools) == 0
+        assert len((path.parent / "tune-nvidia-h100.jsonl").read_text().splitlines()) == 40
+
+    def test_options_name_the_cells(self) -> None:
+        parser = ArgumentParser()
+        tune.add_arguments(parser)
+        assert len(tune.named(parser.parse_args([]))) == len(config.TILES) * len(RANKS)
+        given = [
+            "--kernels",
+            "weights",
+            "forward",
+            "--ranks",
+            "64",
+            "--numbers",
+            "fp32",
+            "--out",
+            "x",
+            "--budget",
+            "3",
+        ]
+        arguments = parser.parse_args(given)
+        assert tune.named(arguments) == [Cell("weights", 64, "fp32"), Cell("forward", 64, "fp32")]
+        assert (arguments.out, arguments.budget) == (Path("x"), 3.0)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"kernels": ["gemm"]}, "kernels must be of .* got 'gemm'"),
+            ({"ranks": [16, 48]}, "ranks must be of .* got 48"),
+            ({"numbers": "int8"}, "numbers must be of .* got 'int8'"),
+            ({"budget": 0.0}, "budget must be seconds greater than 0"),
+        ],
+    )
+    def test_refuses(self, given: dict[str, object], message: str, path: Path) -> None:
+        path.parent.mkdir()
+        path.touch()
+        with pytest.raises(ValueError, match=message):
+            tune.main(Namespace(out=path, **given))
+
+
+@pytest.mark.parametrize(("capability", "chip"), [(80, 80), (87, 86), (90, 90), (121, 120)])
+def test_an_unknown_gpu_is_held_to_the_one_below(capability: int, chip: int) -> None:
+    assert tile_trials.nearest_chip(capability) == chip
+    with pytest.raises(ValueError, match="sm_75"):
+        tile_trials.nearest_chip(75)
+
+
+@pytest.mark.parametrize("kernel", config.TILES)
+def test_the_gates_compile_what_they_do_for_the_table(kernel: str) -> None:
+    cell = Cell(kernel, 64, "bf16")
+    few = cell.present[0]
+    ours = {case[1:] for case in tile_trials.cases(Job(cell, few, "all"))}
+    theirs = unique(layers_of(HEAVIEST, 768, "bf16"), CHIPS["bf16"])
+    same = {
+        case[1:]
+        for case in theirs
+        if case.layer.R == 64
+        and case.layer.rows == "few"
+        and tile_trials.key_of(case.specialisation.function.__name__, case.specialisation.values)
+        == kernel
+    }
+    assert same and same <= ours
+
+
+def test_another_tile_holds_only_inside() -> None:
+    before = config.TILES
+    with tile_trials.overridden(CELL, OTHER):
+        assert config.tile("forward", 64, 2, True) == OTHER
+        assert config.tile("forward", 64, 4, True) != OTHER
+        assert config.tile("forward", 128, 2, True) != OTHER
+    assert config.TILES is before
+
+
+def test_copies_share_what_the_arguments_share() -> None:
+    x, y = torch.zeros(64), torch.zeros(8)
+    made = tile_trials.copies((None, (1, 1, 1), (x, None, x, y), (3,)), cached=1000)
+    assert len(made) == -(-2 * 1000 // (x.nbytes + y.nbytes))
+    for absent, grid, (one, none, same, other), numbers in made:
+        assert (absent, grid, none, numbers) == (None, (1, 1, 1), None, (3,))
+        assert one is same and one.data_ptr() != x.data_ptr() and other is not one
+    assert len(tile_trials.copies((None, (1,), (y,), ()), cached=2**30)) == 64
+
+
+def test_a_time_is_a_replay_divided_by_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the GPU: a graph of 4 launches that takes 2 ms takes 500 µs a launch."""
+    launched = []
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 2.0)
+    for name, value in {
+        "get_device_properties": lambda: SimpleNamespace(L2_cache_size=1024),
+        "synchronize": lambda: None,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": lambda graph: nullcontext(),
+        "Event": lambda enable_timing: event,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def launch(*given: Any) -> None:
+        launched.append(given)
+
+    given = (None, (1, 1, 1), (torch.zeros(128),), ())
+    assert tile_trials.replayed(launch, given) == [500.0] * 3  # type: ignore[arg-type]
+    assert len(launched) == 4 and len({g[2][0].data_ptr() for g in launched}) == 4
+
+
+@pytest.mark.compile
+def test_the_gate_compiles() -> None:
+    cell = Cell("vectors", 16, "bf16")
+    assert tile_trials.first_faults(Job(cell, cell.present[0], 90)) == []
+    (fault,) = tile_trials.first_faults(Job(CELL, Tile(16, 16, 8, 2), 80))[:1]
+    assert "x_ptr read" in fault and fault.startswith("80 rank1 d=768 bf16")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("kernel", config.TILES)
+def test_results_and_launches_are_of_the_tile(kernel: str) -> None:
+    cell, tile = Cell(kernel, 16, "fp32"), Tile(16, 16, 4, 1)
+    assert tile not in cell.present
+    tile_trials.agree(cell, tile, (2, 9, 32), "cpu")
+    launch, (_, grid, tensors, _) = tile_trials.captured(cell, tile, 2, 9, 32, "cpu")
+    assert launch.tile == tile and 0 not in grid and tensors[0] is not None
