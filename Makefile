@@ -14,13 +14,15 @@ COMPILE_BUDGET := 720
 SLOW_BUDGET := 7200
 
 KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py kernel_dropout.py compilers.py traffic.py \
-	launches.py interpreter_tools.py bench_tools.py gates.py host_cost.py gpu.py)
+	launches.py interpreter_tools.py bench_tools.py gates.py host_cost.py gpu.py \
+	bench_tune.py)
 
-.PHONY: help setup demo demo-full test test-all test-oldest test-pythons test-plain lint types clean
+.PHONY: help setup demo demo-full demo-bundle test test-all test-oldest test-pythons test-plain lint types clean
 
 help:
 	@echo "make demo       compare routes on real images, questions and weights (about 9 minutes)"
 	@echo "make demo-full  the same, longer and with 3 seeds"
+	@echo "make demo-bundle  data and weights of the demo in one file, for a machine without a network"
 	@echo "make test       lint, types, tests"
 	@echo "make test-all   the slow tests too, and oldest and other versions"
 
@@ -37,6 +39,10 @@ demo: $(READY)
 
 demo-full: $(READY)
 	$(BIN)/fused-route demo --steps 1200 --seeds 3 --out runs/demo-full
+
+# What the demo needs on a machine without its data packages and without a network, as one file.
+demo-bundle: $(READY)
+	$(BIN)/python -m fused_route.training.bundle
 
 lint: $(READY)
 	timeout $(LINT_BUDGET) $(BIN)/ruff check .

@@ -138,7 +138,7 @@ class Run:
 
         Ceilings are of one dtype: cases of another have no floor.
         """
-        if case.kind != "op" or not self.ceilings or self.dtype != case.dtype:
+        if case.kind != "op" or self.dtype != case.dtype:
             return None
         copy, matmul = self.ceilings["copy"], self.ceilings["matmul"]
         return 1e6 * formula.floor_seconds(case, which, copy, matmul)

@@ -201,7 +201,9 @@ def _ratio(over: float | None, time: Time | None, percent: bool = False) -> str:
     if over is None or time is None or over <= 0 or time.median <= 0:
         return NOTHING
     ratio = over / time.median
-    return f"{100 * ratio:.0f}%" if percent else f"{ratio:.2f}×"
+    if percent:
+        return f"{100 * ratio:.{0 if ratio >= 0.095 else 1}f}%"
+    return f"{ratio:.2f}×"
 
 
 def speedup_table(run: Run, cases: list[Case], which: str, providers: list[str]) -> Table:

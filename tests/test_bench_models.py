@@ -173,11 +173,25 @@ def test_everything_has_the_dtype_of_the_case(case: Case, dtype: str) -> None:
     assert made.results()["y"].dtype == (torch.float32 if case.kind == "step" else DTYPES[dtype])
 
 
-def test_weights_are_those_of_the_case_whatever_the_dtype() -> None:
-    half, exact = results(replace(LAYER, dtype="bf16")), truth(replace(LAYER, dtype="bf16"), CPU)
-    assert disagreement({"y": half["y"]}, {"y": exact["y"]}, {"y": exact["y"]}) < 4.0
-    with pytest.raises(AssertionError):  # not those of fp32, which bf16 would round
-        torch.testing.assert_close(truth(LAYER, CPU), exact, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("case", [LAYER, STEP], ids=str)
+def test_truth_starts_from_values_of_the_dtype(case: Case) -> None:
+    made = subject(replace(case, dtype="bf16"), "reference", CPU, torch.float64)
+    for tensor in [*made.live, *([made.dy] if made.dy is not None else [])]:
+        if tensor.is_floating_point():
+            assert tensor.dtype == torch.float64
+            assert torch.equal(tensor, tensor.bfloat16().double())
+
+
+@pytest.mark.parametrize("model", TINIES)
+def test_models_have_the_layers_and_take_the_texts_that_they_say(model: str) -> None:
+    row = MODELS[model]
+    case = replace(UNROUTED, model=model, d=row.d, T=row.positions, S=1)
+    single, double = (set(results(replace(case, layers=layers))) for layers in (1, 2))
+    assert double == single | {name.replace(".0.", ".1.") for name in single}
+    assert set(results(case)) == (double if row.layers == 2 else single)
+    step = replace(case, kind="step", T=5)
+    assert set(results(replace(step, layers=2))) >= double - {"dx"}
+    assert not set(results(replace(step, layers=1))) & (double - single)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in ("fused", "compile")])
@@ -197,19 +211,6 @@ def test_finish_changes_what_is_trained_and_nothing_else(way: str, model: str) -
     assert all(torch.equal(new, old) for new, old in zip(frozen, before[1], strict=True))
     made.forget()
     assert all(tensor.grad is None for tensor in made.live)
-
-
-def test_training_lowers_the_loss() -> None:
-    made = subject(STEP, "reference", CPU)
-    losses = []
-    for _ in range(20):
-        made.forget()
-        loss = made.forward()
-        loss.backward()
-        assert made.finish is not None
-        made.finish()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
 
 
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
@@ -252,7 +253,7 @@ def test_disagreement_is_of_whole_tensors_and_the_worst() -> None:
 def test_a_loss_counts_as_made_of_the_coarsest_dtype() -> None:
     exact = {"y": torch.tensor(8.0, dtype=torch.float64), "dA": torch.ones(9, dtype=torch.float64)}
     reference = {"y": torch.tensor(8.0), "dA": torch.ones(9, dtype=torch.bfloat16)}
-    assert disagreement(reference | {"y": torch.tensor(8.05)}, reference, exact) < 1.0
+    assert disagreement(reference | {"y": torch.tensor(8.5)}, reference, exact) < 1.0
     single = {name: tensor.float() for name, tensor in reference.items()}
     assert disagreement(single | {"y": torch.tensor(8.5)}, single, exact) > 2.0
 

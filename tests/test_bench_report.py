@@ -191,7 +191,8 @@ class TestTables:
     def test_gates(self, run: Loader) -> None:
         found = run(
             record(SMALL, "reference", 1), record(SMALL, "fused", 1, gate=0.5),
-            record(LARGE, "fused", 1, gate=2.25), record(SMALL, "compile", 1, gate=float("nan")),
+            record(LARGE, "fused", 1, gate=2.25), record(SMALL, "compile", 1, gate=1.0),
+            record(SMALL, "compile", 1, 1, gate=float("nan")),
         )  # fmt: skip
         assert report.gate_table(found)[1:] == [
             ["reference", "–", "–", "0 of 1"],
@@ -381,10 +382,7 @@ class TestCompare:
         assert f"failed:\n  fused  {SMALL.name}: boom\n" in capsys.readouterr().out
 
     def test_a_missing_timing_is_listed(self, tmp_path: Path, capsys: Said) -> None:
-        more: dict[str, Any] = {
-            "times": {"wall": {"both": [1.0] * 3}},
-            "absent": {"graph": "it synchronises"},
-        }
+        more: Any = {"times": {"wall": {"both": [1.0] * 3}}, "absent": {"graph": "it synchronises"}}
         b = [record(SMALL, "fused", 9, **more), record(SMALL, "peft", 100)]
         assert compare.main(*self.both(tmp_path, b)) == 0
         line = f"{SMALL.name}: graph both, graph forward of fused (it synchronises)"

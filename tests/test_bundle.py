@@ -47,7 +47,7 @@ def packed(
     tokenizer = AutoTokenizer.from_pretrained(encoder_directory())
     with first_images_only():
         train, test = (
-            bundle.split_of(easy_vqa.load(name), tokenizer, torch.from_numpy(features[name]))
+            demo.split_of(easy_vqa.load(name), tokenizer, torch.from_numpy(features[name]))
             for name in NAMES
         )
         images = easy_vqa.image_paths("test")

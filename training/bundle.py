@@ -26,11 +26,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from fused_route.training import easy_vqa
-from fused_route.training.demo import Settings, Split, load_splits
+from fused_route.training.demo import Settings, Split, load_splits, split_of
 from fused_route.training.easy_vqa import Questions
 from fused_route.training.features import CACHE_DIR, atomic_file
 from fused_route.training.models import load_encoder
@@ -63,20 +62,6 @@ class Data:
     train: Split
     test: Split
     test_images: list[Path]
-
-
-def split_of(questions: Questions, tokenizer: Any, features: Tensor) -> Split:
-    """Questions as the model takes them, with the features (images, width) they refer to."""
-    labels = {answer: i for i, answer in enumerate(easy_vqa.answer_labels())}
-    tokens = tokenizer(questions.texts, padding=True, return_tensors="pt")
-    return Split(
-        questions,
-        tokens["input_ids"],
-        tokens["attention_mask"],
-        torch.tensor(questions.image_ids),
-        torch.tensor([labels[answer] for answer in questions.answers]),
-        features,
-    )
 
 
 def pack(data: Data, out: Path, most: int = MOST_BYTES) -> int:

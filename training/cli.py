@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, default=Path("runs", "demo"), help="folder of the results"
     )
+    demo.add_argument("--bundle", type=Path, help="data of fused_route.training.bundle")
     demo.set_defaults(run=_demo)
 
     predict = commands.add_parser("predict", help="answer a question about an image")
@@ -72,7 +73,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from fused_route.training import demo
 
     _quiet()
-    names = ("steps", "seeds", "batch", "lr", "rank", "out")
+    names = ("steps", "seeds", "batch", "lr", "rank", "out", "bundle")
     settings = demo.Settings(**{name: getattr(arguments, name) for name in names})
     report = demo.run(settings)
     adapter = settings.out / ("mul" if settings.seeds == 1 else "mul-seed0")

@@ -34,7 +34,7 @@ from fused_route.training.models import (
 from fused_route.training.packages import missing
 from fused_route.training.report import ArmResult, aggregate, print_table, write_report
 from fused_route.training.task import ENCODER, TASK, Task, encoder_directory
-from fused_route.training.vision import VisionTower, load_efficientnet_lite0
+from fused_route.training.vision import VisionTower
 
 WATCHED = 500  # test questions behind each point of the learning curves, drawn once
 
@@ -82,6 +82,7 @@ class Settings:
         seeds: number of runs of each arm.
         out: folder of the results.
         cache: folder of the image features.
+        bundle: what `fused_route.training.bundle` packed; None: what the packages ship.
 
     Raises:
         ValueError: a number that is not accepted, or `out` is a file or a folder with files that
@@ -96,6 +97,7 @@ class Settings:
     seeds: int = 1
     out: Path = Path("runs", "demo")
     cache: Path = CACHE_DIR
+    bundle: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "rank", "layers", "seeds"):
@@ -138,27 +140,33 @@ class Split:
 
 def load_splits(tower: VisionTower, tokenizer: Any, cache: Path) -> tuple[Split, Split]:
     """Train and test questions with their image features; images are encoded once."""
-    labels = {answer: i for i, answer in enumerate(easy_vqa.answer_labels())}
 
     def split(name: easy_vqa.Split) -> Split:
-        questions = easy_vqa.load(name)
-        tokens = tokenizer(questions.texts, padding=True, return_tensors="pt")
-        features = encode_images(tower, easy_vqa.image_paths(name), cache)
-        return Split(
-            questions,
-            tokens["input_ids"],
-            tokens["attention_mask"],
-            torch.tensor(questions.image_ids),
-            torch.tensor([labels[answer] for answer in questions.answers]),
-            torch.from_numpy(features),
-        )
+        images = encode_images(tower, easy_vqa.image_paths(name), cache)
+        return split_of(easy_vqa.load(name), tokenizer, torch.from_numpy(images))
 
     return split("train"), split("test")
 
 
-def build(arm: Arm, settings: Settings, train: Split) -> tuple[VqaClassifier, Attached]:
+def split_of(questions: Questions, tokenizer: Any, features: Tensor) -> Split:
+    """Questions as the model takes them, with the features (images, width) they refer to."""
+    labels = {answer: i for i, answer in enumerate(easy_vqa.answer_labels())}
+    tokens = tokenizer(questions.texts, padding=True, return_tensors="pt")
+    return Split(
+        questions,
+        tokens["input_ids"],
+        tokens["attention_mask"],
+        torch.tensor(questions.image_ids),
+        torch.tensor([labels[answer] for answer in questions.answers]),
+        features,
+    )
+
+
+def build(
+    arm: Arm, settings: Settings, train: Split, directory: Path | None = None
+) -> tuple[VqaClassifier, Attached]:
     """A fresh model with this arm's routed layers on query and value of each layer."""
-    encoder, _ = load_encoder(encoder_directory(), settings.layers)
+    encoder, _ = load_encoder(directory or encoder_directory(), settings.layers)
     answers = len(easy_vqa.answer_labels())
     model = VqaClassifier(encoder, answers, prefix=arm.prefix)
     config = RoutedConfig(
@@ -251,11 +259,11 @@ def fit(
 
 
 def run_arm(
-    arm: Arm, seed: int, settings: Settings, train: Split, test: Split
+    arm: Arm, seed: int, settings: Settings, train: Split, test: Split, encoder: Path | None = None
 ) -> tuple[ArmResult, Attached]:
     """Trains one arm and tests it on every question."""
     torch.manual_seed(seed)
-    model, attached = build(arm, settings, train)
+    model, attached = build(arm, settings, train, encoder)
     trainable = sum(p.numel() for p in attached.trainable_parameters())
     started = time.perf_counter()
     curve = fit(model, train, test, settings, seed)
@@ -270,19 +278,19 @@ def run_arm(
     return result, attached
 
 
-def save_arm(
-    arm: Arm, seed: int, settings: Settings, attached: Attached, tower: VisionTower
-) -> None:
+def save_arm(arm: Arm, seed: int, settings: Settings, attached: Attached, vision: str) -> None:
     """Saves an arm's adapter, with what it was trained to do, in a folder under settings.out."""
     folder = settings.out / (arm.folder if settings.seeds == 1 else f"{arm.folder}-seed{seed}")
     attached.save(folder)
     digest = checkpoint.digest_of_file(folder / checkpoint.TENSORS)
     labels = easy_vqa.answer_labels()
-    Task(digest, labels, ENCODER, settings.layers, arm.prefix, tower.name).write(folder)
+    Task(digest, labels, ENCODER, settings.layers, arm.prefix, vision).write(folder)
 
 
-def examples(results: Sequence[ArmResult], test: Split, count: int = 12) -> list[Example]:
-    """Test questions with every arm's answer, as many of each answer type.
+def examples(
+    results: Sequence[ArmResult], test: Split, paths: Sequence[Path], count: int = 12
+) -> list[Example]:
+    """Test questions with image and every arm's answer, as many of each answer type.
 
     Drawn with a fixed seed; half of them among questions on which the arms differ, where there are.
     """
@@ -297,7 +305,6 @@ def examples(results: Sequence[ArmResult], test: Split, count: int = 12) -> list
         differ = [i for i in of_kind if len({first_seed[name][i] for name in names}) > 1]
         some = differ[: share // 2]
         chosen += some + [i for i in of_kind if i not in some][: share - len(some)]
-    paths = easy_vqa.image_paths("test")
     return [
         Example(
             paths[test.questions.image_ids[i]],
@@ -312,12 +319,13 @@ def examples(results: Sequence[ArmResult], test: Split, count: int = 12) -> list
 def header(settings: Settings) -> dict[str, str]:
     """Settings and versions, for the report."""
     packages = ("torch", "transformers", "timm")
-    shown = {n: str(v) for n, v in asdict(settings).items() if n not in ("cache", "out")}
+    shown = {n: str(v) for n, v in asdict(settings).items() if n not in ("bundle", "cache", "out")}
     return {
         **shown,
         "learning curves": f"on {WATCHED} test questions, drawn once; the table is on all",
         "text model": f"{ENCODER}, first {settings.layers} layers, frozen",
         "image features": "EfficientNet-Lite0 (ImageNet), pooled, frozen",
+        **({} if settings.bundle is None else {"data": "a bundle: features, text model in fp16"}),
         "versions": ", ".join(
             [f"fused_route {__version__}"] + [f"{p} {version(p)}" for p in packages]
         ),
@@ -354,12 +362,13 @@ def run(settings: Settings, arms: Sequence[Arm] = ARMS) -> Path:
     Raises:
         ValueError: a package or a file is missing, or training diverged.
     """
+    from fused_route.training import bundle
+
     for package in ("accelerate", "matplotlib", "rich"):  # before minutes of training, not after
         if find_spec(package) is None:
             raise missing(package)
-    _, tokenizer = load_encoder(encoder_directory(), settings.layers)
-    tower = load_efficientnet_lite0()
-    train, test = load_splits(tower, tokenizer, settings.cache)
+    data = bundle.read(settings.bundle, settings.layers, settings.cache)
+    train, test = data.train, data.test
     question_only = easy_vqa.question_only_baseline(train.questions, test.questions)
     majority = easy_vqa.majority_baseline(train.questions, test.questions)
     baselines = {"question only": question_only, "majority answer": majority}
@@ -373,17 +382,17 @@ def run(settings: Settings, arms: Sequence[Arm] = ARMS) -> Path:
     results: list[ArmResult] = []
     for seed, (number, arm) in product(range(settings.seeds), enumerate(arms, 1)):
         print(f"arm {number} of {len(arms)}: {arm.name}, seed {seed}", flush=True)
-        result, attached = run_arm(arm, seed, settings, train, test)
+        result, attached = run_arm(arm, seed, settings, train, test, data.encoder)
         print(f"  test accuracy {result.accuracy['all']:.1%}", flush=True)
         earlier = None if results else keep_earlier(settings.out)
         if earlier is not None:
             print(f"earlier results moved to {earlier}")
-        save_arm(arm, seed, settings, attached, tower)
+        save_arm(arm, seed, settings, attached, data.vision)
         results.append(result)
         rows = aggregate(results)
         report = write_report(
-            settings.out, rows, on_all, header(settings), examples(results, test),
-            curve_baselines=on_watched,
+            settings.out, rows, on_all, header(settings),
+            examples(results, test, data.test_images), curve_baselines=on_watched,
         )  # fmt: skip
     print_table(rows, on_all)
     return report
