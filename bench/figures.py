@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import HOSTS, Case
-from bench.compare import FROZEN, FUSED, REFERENCE, Run, number
+from bench.runs import FROZEN, FUSED, REFERENCE, Run
+from bench.tables import number
 
 GREY = "#808080"  # 3.9 : 1 on white, 4.8 : 1 on GitHub's dark ground
 # Okabe and Ito's colours, blue and yellow moved to where both grounds show them; a family of

@@ -7,22 +7,10 @@ from pathlib import Path
 
 from bench import figures, formula
 from bench.cases import HOSTS, Case
-from bench.compare import (
-    FROZEN,
-    FUSED,
-    REFERENCE,
-    YARDSTICKS,
-    Measured,
-    Run,
-    Table,
-    Time,
-    load,
-    markdown,
-    number,
-    show,
-)
 from bench.figures import labels
 from bench.results import TIMINGS
+from bench.runs import FROZEN, FUSED, REFERENCE, YARDSTICKS, Measured, Run, Time, load
+from bench.tables import Table, markdown, number, show
 
 NOTHING = "–"
 COLUMNS = 5  # providers side by side, which a page of 800 pixels holds

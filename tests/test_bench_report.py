@@ -12,8 +12,9 @@ from PIL import Image
 
 from bench import compare, figures, formula, report
 from bench.cases import AROUND, SCALING, Case, op
-from bench.compare import Run, Time, load, noise, verdict
+from bench.compare import noise, verdict
 from bench.results import Record, Results
+from bench.runs import Run, Time, load
 
 Loader = Callable[..., Run]
 Said = pytest.CaptureFixture[str]
