@@ -12,7 +12,7 @@ x_v (…, Nv, C); leading axes are sample and group. Any floating dtype, any dev
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,9 @@ MIXES: dict[str, Callable[..., Tensor]] = {
 FIRST: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x_t: x_t, "relu": torch.relu}
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(
+    NamedTuple
+):  # not a dataclass: the compiler of torch 2.11 loses a frozen one's fields
     """What an image becomes before it meets x_t: a mix and its tensors.
 
     `w` and `u` are (…, 1, C), one row for all tokens of a sample (a row for each token only under

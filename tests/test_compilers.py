@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import KERNEL_ROUTES
 from torch import Tensor, nn
 
 from fused_route import RoutedAdapter, RoutedLinear, RoutingInput
@@ -107,6 +108,21 @@ def test_compile_traces_layers_whole(kind: str, route: str, Nv: int, recompute: 
     x = leaf(S, T, D)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for mine, eager in zip(results(compiled, layer, x), results(layer, layer, x), strict=True):
+        assert torch.equal(mine, eager)
+
+
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.parametrize("Nv", [1, 3])
+@pytest.mark.parametrize("route", KERNEL_ROUTES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_compile_traces_the_reference_whole(kind: str, route: str, Nv: int) -> None:
+    layer = layer_of(kind, route)
+    layer.impl = "reference"
+    layer.context.set(torch.randn(S, Nv, D))
+    x = leaf(S, T, D)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
     for mine, eager in zip(results(compiled, layer, x), results(layer, layer, x), strict=True):
         assert torch.equal(mine, eager)
 
