@@ -17,7 +17,7 @@ def library(o: Operands, impl: Impl = "triton", **modes: Any) -> Tensor:
     """By the public function; `modes` are those of `Routing`."""
     layer = o.layer
     shared: dict[str, Any] = {
-        "route": Routing(layer.route, **modes), "dropout": layer.dropout,
+        "route": Routing(layer.route, **modes) if modes else layer.route, "dropout": layer.dropout,
         "recompute": layer.recompute, "impl": impl,
     }  # fmt: skip
     if layer.host == "adapter":

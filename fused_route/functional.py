@@ -64,17 +64,18 @@ def routed_linear(
     routing, adapted, s = as_routing(route), tuple(adapted), finite("s", s)
     given = as_routing_input(x_r, routing)
     base = "frozen" if weight is not None and _is_frozen(weight, bias) else "given"
-    tensors = {"x_h": x_h, "A": A, "B": B, "weight": weight, "bias": bias, "base_out": base_out}
     settings = ("linear", routing, base, adapted, of, dropout, recompute, impl)
-    signature = known.signature((*tensors.values(),), given, settings)
+    signature = known.signature((x_h, A, B, weight, bias, base_out), given, settings)
     prepared = known.prepared(signature)
     if prepared is None:
         one_of("impl", impl, IMPLS)
         check_linear(x_h, A, B, given, routing, weight, bias, base_out, adapted, of)
+        tensors = {"x_h": x_h, "A": A, "B": B, "base_out": base_out}
+        if base == "frozen":
+            tensors |= {"weight": weight, "bias": bias}
         prepared = fused.prepare(
-            impl, tensors if base == "frozen" else {**tensors, "weight": None, "bias": None},
-            routing, given, dropout, base=base, activation="none", segments=adapted, of=of,
-            recompute=recompute,
+            impl, tensors, routing, given, dropout, base=base, activation="none",
+            segments=adapted, of=of, recompute=recompute,
         )  # fmt: skip
         known.remember(signature, prepared)
     if weight is not None and (base == "given" or prepared.fusion is None):
@@ -123,15 +124,15 @@ def routed_adapter(
     routing = as_routing(route)
     given = as_routing_input(x_r, routing)
     settings = ("adapter", routing, activation, residual, dropout, recompute, impl)
-    tensors = {"x_h": x_h, "A": A, "B": B, "b_A": b_A, "b_B": b_B}
-    signature = known.signature((*tensors.values(),), given, settings)
+    signature = known.signature((x_h, A, B, b_A, b_B), given, settings)
     prepared = known.prepared(signature)
     if prepared is None:
         one_of("impl", impl, IMPLS)
         one_of("activation", activation, ACTIVATIONS)
         check_adapter(x_h, A, B, b_A, b_B, given, routing)
         prepared = fused.prepare(
-            impl, tensors, routing, given, dropout, base="residual" if residual else "none",
+            impl, {"x_h": x_h, "A": A, "B": B, "b_A": b_A, "b_B": b_B}, routing, given, dropout,
+            base="residual" if residual else "none",
             activation=activation, segments=(0,), of=1, recompute=recompute,
         )  # fmt: skip
         known.remember(signature, prepared)
@@ -145,9 +146,10 @@ def routed_adapter(
 
 def _is_frozen(weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether no gradient of the base is wanted: its product is then part of the operation."""
-    return not torch.is_grad_enabled() or not any(
-        tensor is not None and tensor.requires_grad for tensor in (weight, bias)
+    is_trained = (weight is not None and weight.requires_grad) or (
+        bias is not None and bias.requires_grad
     )
+    return not (is_trained and torch.is_grad_enabled())
 
 
 def _masks(dropout: float | Dropout, x_h: Tensor, given: RoutingInput | None) -> Dropout:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, coverage, ops
@@ -27,13 +26,15 @@ class Prepared:
     Args:
         fusion: None where the reference runs it; its mix is still open for an image "operand".
         dtype: of the products.
+        casts: whether a tensor has another.
     """
 
-    __slots__ = ("dtype", "fusion", "plan")
+    __slots__ = ("casts", "dtype", "fusion", "plan")
 
-    def __init__(self, fusion: Fusion | None, dtype: torch.dtype) -> None:
+    def __init__(self, fusion: Fusion | None, dtype: torch.dtype, casts: bool = False) -> None:
         self.fusion = fusion
         self.dtype = dtype
+        self.casts = casts
         self.plan: Plan | None = None  # made by the first call, where the mix is not open
 
 
@@ -112,7 +113,8 @@ def prepare(
         activation, dropout, segments, of, "recomputed" if recompute else "saved",
         products(dtype, device),
     )  # fmt: skip
-    return Prepared(fusion, dtype)
+    casts = any(t is not None and t.dtype != dtype for t in tensors.values())
+    return Prepared(fusion, dtype, casts)
 
 
 def run(
@@ -132,9 +134,10 @@ def run(
     """y of a call that was prepared, as the functions of `reference` define it."""
     f, dtype = known.fusion, known.dtype
     assert f is not None
-    A, b_A, B, b_B = cast(A, dtype), cast(b_A, dtype), cast(B, dtype), cast(b_B, dtype)
-    if f.base == "frozen":
-        x_h, weight, bias = cast(x_h, dtype), cast(weight, dtype), cast(bias, dtype)
+    if known.casts:
+        A, b_A, B, b_B = cast(A, dtype), cast(b_A, dtype), cast(B, dtype), cast(b_B, dtype)
+        if f.base == "frozen":
+            x_h, weight, bias = cast(x_h, dtype), cast(weight, dtype), cast(bias, dtype)
     seed = draw_seed(x_h.device) if f.p > 0.0 else None
     x_r = u = w = row_sample = offsets = None
     longest = 0
@@ -180,7 +183,7 @@ def prepared_operand(
     if f.p > 0.0:
         keep_r = torch.empty(x_r.shape, dtype=torch.bool, device=x_r.device).bernoulli_(1.0 - f.p)
         drop = Dropout(f.p, None, keep_r)
-    x_v = F.linear(drop.apply(x_r, keep_r), A, b_A)
+    x_v = drop.down(x_r, keep_r, A, b_A)
     return routing.operand(grouped(x_v, f.groups), given.mask)
 
 

@@ -11,7 +11,7 @@ from .reference import Dropout
 
 # Emptied when full, which batches of ever new lengths bring about.
 MOST = 4096
-# Settings that equal, or hold, what they must not: True is 1, a tensor its address.
+# Settings that hold memory, or equal, by their address, what they must not: never remembered.
 UNSIGNED = (Dropout, Tensor)
 _KNOWN: dict[Any, Prepared] = {}
 
@@ -35,16 +35,19 @@ def signature(
         if dtype is torch.float32:
             key.append(products(dtype, device))
         for t in tensors:
-            key += (None,) if t is None else (type(t), t.shape, t.dtype, t.device)
+            if t is None:
+                key.append(None)
+            else:
+                key += t.__class__, t.shape, t.dtype, t.device
         if given is not None:
             x_r, index = given.x_r, given.sample_index
             rows = None if index is None else index.shape
-            key += (type(x_r), x_r.shape, x_r.dtype, x_r.device, given.mask is None, rows)
+            key += x_r.__class__, x_r.shape, x_r.dtype, x_r.device, given.mask is None, rows
         signature = tuple(key)
         hash(signature)
     except (AttributeError, TypeError):
         return None
-    return None if any(isinstance(value, UNSIGNED) for value in settings) else signature
+    return signature
 
 
 def prepared(signature: Any) -> Prepared | None:
@@ -54,7 +57,7 @@ def prepared(signature: Any) -> Prepared | None:
 
 def remember(signature: Any, prepared: Prepared) -> None:
     """Keeps what a sound call was found to be."""
-    if signature is None:
+    if signature is None or any(isinstance(value, UNSIGNED) for value in signature[0]):
         return
     if len(_KNOWN) >= MOST:
         _KNOWN.clear()

@@ -54,9 +54,11 @@ class Dropout:
         if self.keep_r is not None and self.keep_r.dim() == 2:
             object.__setattr__(self, "keep_r", self.keep_r.unsqueeze(1))
 
-    def apply(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        """x̂."""
-        return x if keep is None else torch.where(keep, x / (1.0 - self.p), 0.0)
+    def down(self, x: Tensor, keep: Tensor | None, A: Tensor, b_A: Tensor | None) -> Tensor:
+        """x̂ Aᵀ + b_A. A, which is small, is divided by 1 − p in place of x."""
+        if keep is None:
+            return F.linear(x, A, b_A)
+        return F.linear(torch.where(keep, x, 0.0), A / (1.0 - self.p), b_A)
 
 
 NO_DROPOUT = Dropout(0.0, None, None)
@@ -64,11 +66,15 @@ NO_DROPOUT = Dropout(0.0, None, None)
 
 def grouped(x: Tensor, G: int) -> Tensor:
     """(B, N, G·C) to (B, G, N, C)."""
+    if G == 1:
+        return x.unsqueeze(1)
     return x.unflatten(-1, (G, -1)).transpose(1, 2)
 
 
 def ungrouped(x: Tensor) -> Tensor:
     """(B, G, N, C) to (B, N, G·C)."""
+    if x.shape[1] == 1:
+        return x.squeeze(1)
     return x.transpose(1, 2).flatten(-2)
 
 
@@ -83,12 +89,12 @@ def bottleneck(
     dropout: Dropout,
 ) -> Tensor:
     """z, of the shape of x_h with d replaced by R; x_h is (B, …, d), or (…, d) in packed rows."""
-    x_t = F.linear(dropout.apply(x_h, dropout.keep_h), A, b_A)
+    x_t = dropout.down(x_h, dropout.keep_h, A, b_A)
     if routing_input is None or routing.route.takes == "nothing":
         return x_t
     G = 1 if routing.segments == "joint" else groups
     x_r = routing_input.x_r.to(x_h.dtype)
-    x_v = F.linear(dropout.apply(x_r, dropout.keep_r), A, b_A)
+    x_v = dropout.down(x_r, dropout.keep_r, A, b_A)
     operand = routing.operand(grouped(x_v, G), routing_input.mask)
     if routing_input.sample_index is None:
         B, *between, R = x_t.shape

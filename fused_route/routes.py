@@ -116,6 +116,11 @@ def reshaped(x: Tensor) -> Tensor:
     return x.reshape(*x.shape[:-2], x.shape[-1], x.shape[-2])
 
 
+def _ones_like(x: Tensor) -> Tensor:
+    """Ones of the shape of x in the memory of one: nothing to write, save or read."""
+    return x.new_ones(()).expand_as(x)
+
+
 def _gram(x_v: Tensor, x_v_T: Tensor, relu: Callable[[Tensor], Tensor]) -> Operand:
     if x_v.shape[-2] == 1:  # K has rank 1: C multiplications a token instead of C²
         return rank1(relu(x_v), x_v)
@@ -124,11 +129,11 @@ def _gram(x_v: Tensor, x_v_T: Tensor, relu: Callable[[Tensor], Tensor]) -> Opera
 
 def _ones(x_v: Tensor, x_v_T: Tensor, relu: Callable[[Tensor], Tensor]) -> Operand:
     u = relu(x_v_T).sum(-1).unsqueeze(-2)
-    return rank1(u, torch.ones_like(u))
+    return rank1(u, _ones_like(u))
 
 
 def _expand(x_v: Tensor) -> Operand:
-    return rank1(torch.ones_like(x_v), x_v)
+    return rank1(_ones_like(x_v), x_v)
 
 
 def _expand_published(x_v: Tensor) -> Operand:
