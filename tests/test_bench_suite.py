@@ -13,6 +13,7 @@ from bench.__main__ import main
 from bench.cases import GRIDS, HOSTS, ROUTES, Case, grid, op
 from bench.correct import Gate
 from bench.measure import Settings
+from bench.offline import summary
 from bench.operands import Operands
 from bench.providers import PROVIDERS, Provider
 from bench.results import Record
@@ -222,3 +223,12 @@ def test_formulas_give_the_modelled_times(host: str, floor: float, fused: float)
     moved = formula.moved(case, "fused")
     assert moved is not None and moved["both"] == moved["forward"] + moved["backward"]
     assert moved["both"] > formula.least_bytes(case, "both")
+
+
+def test_modelled_times_are_called_so() -> None:
+    table = summary.modelled_table().splitlines()
+    assert table[0].startswith("modelled, not measured")
+    assert len(table) == 3 + 16
+    cells = table[3].split()
+    assert cells[0] == op("adapter", "mul", 768, 64, 2_000).name
+    assert float(cells[-1]) > float(cells[-2]) > 0.0
