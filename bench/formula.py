@@ -84,17 +84,18 @@ def launches(case: Case) -> list[Launch]:
     base = flops(case, "forward") - down - up if z.W else 0
     mixing = 2 * M * R * case.r if z.K else 0
     base -= mixing if z.W else 0
-    K1, K2 = 2 * z.X + z.H, 2 * z.X + 3 * z.H
+    K1, K2, AB = 2 * z.X + z.H, 2 * z.X + 3 * z.H, z.A + z.B
+    dz = z.H if z.K else 0
     found = []
     if z.W:
         K1, K2 = z.X + 2 * z.Y + z.H, z.Y + 2 * z.X + 3 * z.H
         found.append(Launch("base", "forward", z.X + z.Y_all + z.W, base))
         found.append(Launch("base's dx", "backward", z.X + z.Y_all + z.W, base))
-    found.append(Launch("K1", "forward", K1 + z.K, down + up + mixing))
-    found.append(Launch("K2", "backward", K2 + z.K + (z.H if z.K else 0), down + up + 2 * mixing))
+    found.append(Launch("K1", "forward", K1 + z.K + AB, down + up + mixing))
+    found.append(Launch("K2", "backward", K2 + z.K + dz + AB, down + up + 2 * mixing))
     if z.K:
         found.append(Launch("dK", "backward", 2 * z.H + z.K, mixing))
-    found.append(Launch("K3", "backward", z.X + z.Y + 2 * z.H, down + up))
+    found.append(Launch("K3", "backward", z.X + z.Y + 2 * z.H + AB, down + up))
     return found
 
 

@@ -38,48 +38,71 @@ FEW="--provider reference --provider compile-folded --provider matmul-order --pr
 EVERY="$FEW --provider published --provider peft --provider frozen --provider full"
 MODEL_WAYS="--provider reference --provider fused --provider peft --provider frozen"
 failed=()
+child=
+
+# What there is so far goes to OUT: after every part, and meanwhile every 20 seconds, because a kill
+# leaves no time for it.
+publish() {
+    [ -f "$RESULT" ] && cp "$RESULT" "$OUT/summary.json"
+    tar -czf "$OUT/logs.tar.gz.new" -C "$WORK" . 2>/dev/null
+    mv -f "$OUT/logs.tar.gz.new" "$OUT/logs.tar.gz"
+}
 
 # limited SECONDS NAME COMMAND…: its output goes to a log, and its last lines to the screen.
 limited() {
-    local seconds=$1 name=$2; shift 2
+    local seconds=$1 name=$2 next=0; shift 2
     echo "== $name (at most $seconds s)"
-    timeout --kill-after=15 "$seconds" "$@" > "$WORK/$name.log" 2>&1
+    timeout --kill-after=10 "$seconds" "$@" > "$WORK/$name.log" 2>&1 &
+    child=$!
+    while kill -0 "$child" 2>/dev/null; do
+        sleep 1  # short, so that a signal is seen
+        ((++next % 20)) || publish
+    done
+    wait "$child"
     local code=$?
-    tr '\r' '\n' < "$WORK/$name.log" | tail -n 12
+    child=
+    tr '\r' '\n' < "$WORK/$name.log" | tail -n 12 | cut -c -200
     [ $code -eq 0 ] || { failed+=("$name ($code)"); echo "== $name: exit $code"; }
+    publish
 }
 
 bench() { echo "$PYTHON -m bench --device $DEVICE --out $RESULT"; }
 
-tests() { limited "$1" tests "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests; }
+# Kernels compile in one thread: several processes at once, where pytest-xdist is.
+tests() {
+    local several=()
+    "$PYTHON" -c 'import xdist' 2>/dev/null && several=(-n "${TEST_PROCESSES:-8}")
+    limited "$1" tests "$PYTHON" -m pytest -q -rf --tb=line -p no:cacheprovider "${several[@]}" \
+        -m gpu tests/test_gpu.py
+}
 ops() { limited "$1" ops $(bench) --grid "$HEADLINE" --case 'op/*' --warm 8 --budget "$(($1 - 40))" "${@:2}"; }
 models() { limited "$1" models $(bench) --grid "$MODELS" --budget "$(($1 - 60))" $MODEL_WAYS "${@:2}"; }
 profile() { limited "$1" profile "$PYTHON" -m bench profile "$RESULT" --budget "$(($1 - 30))"; }
 
 summarise() {
-    trap - EXIT TERM INT
+    trap '' EXIT TERM INT
+    if [ -n "${child:-}" ]; then kill -TERM "$child" 2>/dev/null; wait "$child" 2>/dev/null; fi
     if [ -f "$RESULT" ]; then
-        cp "$RESULT" "$OUT/summary.json"
-        "$PYTHON" -m bench report "$RESULT" --out "$WORK/report" > "$WORK/report.log" 2>&1 \
-            || { failed+=("report"); tail -n 5 "$WORK/report.log"; }
+        timeout 60 "$PYTHON" -m bench report "$RESULT" --out "$WORK/report" > "$WORK/report.log" 2>&1 \
+            || failed+=("report")
         [ -f "$WORK/report/report.md" ] && cp "$WORK/report/report.md" "$OUT/summary.md"
+        tail -n 80 "$WORK/report.log"
     fi
-    tar -czf "$OUT/logs.tar.gz" -C "$WORK" . 2>/dev/null
-    [ -f "$OUT/summary.md" ] && cat "$OUT/summary.md"
+    publish
     echo "failed: ${failed[*]:-nothing}"
-    echo "next: copy $OUT/summary.json to bench/results/ (python -m bench report says more)"
+    echo "next: copy $OUT/summary.json to bench/results/; $OUT/summary.md says more"
     exit $((${#failed[@]} > 0))
 }
 trap summarise EXIT TERM INT
 
 case $part in
-    tests) tests 460;;
-    ops) ops 460 --processes 3 $EVERY;;
-    models) models 460 --processes 2;;
-    profile) profile 460;;
+    tests) tests 440;;
+    ops) ops 440 --processes 3 $EVERY;;
+    models) models 440 --processes 2;;
+    profile) profile 440;;
     all)
-        tests 100
-        ops 330 --processes 2 --seconds 0.2 $FEW
-        models 90 --processes 1 --case 'step/gpt2/qkv/*' --case 'step/tiny/*'
+        tests 120
+        ops 290 --processes 2 --seconds 0.2 $FEW
+        models 80 --processes 1 --case 'step/gpt2/qkv/*' --case 'step/tiny/*'
         ;;
 esac

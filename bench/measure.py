@@ -1,7 +1,7 @@
 """One case in one process: the gate, then every timing and count of every provider."""
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -31,33 +31,51 @@ class Settings:
     process: int = 0
 
 
-def measure(case: Case, names: list[str], settings: Settings) -> list[Record]:
-    """A record for each provider; one that fails has its error and does not stop the others."""
+class GpuLost(Exception):
+    """A provider broke the GPU for this process: every later call would fail as well."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__(record.error)
+        self.record = record
+
+
+def measure(case: Case, names: list[str], settings: Settings) -> Iterator[Record]:
+    """A record for each provider as soon as it is whole; one that fails stops no other.
+
+    Raises:
+        GpuLost: with the record of the provider that did it.
+    """
     makers = makers_of(case, names, settings)
-    records, subjects = [], dict[str, Subject]()
+    records = {name: Record(case.name, case.to_json(), name, settings.process) for name in makers}
+    subjects, failed = dict[str, Subject](), dict[str, Exception]()
     for name, maker in makers.items():
-        record = Record(case.name, case.to_json(), name, settings.process)
-        records.append(record)
         try:
-            record.gate = maker.gate()
+            records[name].gate = maker.gate()
             subjects[name] = maker.make(0)
         except Exception as error:  # whatever a provider stumbles on is its result
-            record.error = _one_line(error)
+            failed[name] = error
+            _check_gpu(records[name], error, settings)
     clock = protocol.clock_of(settings.device)
-    try:
-        times = protocol.wall(subjects, clock, settings.seconds)
-    except Exception as error:
-        for record in records:
-            record.error = record.error or _one_line(error)
-        return records
-    for record in records:
-        if record.error is None:
-            passes = times[record.provider]
-            record.times["wall"] = {key: protocol.summary(v) for key, v in passes.items()}
-            _count(record, subjects[record.provider])
-            if settings.device.type == "cuda":
-                _on_gpu(record, subjects[record.provider], makers[record.provider], settings)
-    return records
+    times = protocol.wall(subjects, clock, settings.seconds, failed)
+    for name, record in records.items():
+        if name in failed:
+            record.error = one_line(failed[name])
+            _check_gpu(record, failed[name], settings)
+        else:
+            passes = times[name].items()
+            record.times["wall"] = {which: protocol.summary(values) for which, values in passes}
+            _beside_the_times(record, subjects[name], makers[name], settings)
+        yield record
+
+
+def _check_gpu(record: Record, error: Exception, settings: Settings) -> None:
+    """GpuLost where the GPU no longer answers."""
+    if settings.device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            record.error = one_line(error)
+            raise GpuLost(record) from error
 
 
 def makers_of(case: Case, names: list[str], settings: Settings) -> dict[str, "Maker"]:
@@ -126,43 +144,60 @@ def _model(case: Case, names: list[str], settings: Settings) -> dict[str, Maker]
 MOST_OF_A_MODEL = 2.0  # whole-tensor norms of all gradients
 
 
-def _count(record: Record, subject: Subject) -> None:
-    """Saved bytes, and launches where nothing is compiled: a compiler's code hides its own."""
-    subject.forget()
-    record.bytes["saved"] = saved_bytes(subject.forward, exclude=subject.live)
-    if providers.PROVIDERS.get(record.provider, providers.PROVIDERS["compile"]).compiles:
-        return
+def _beside_the_times(record: Record, subject: Subject, maker: Maker, settings: Settings) -> None:
+    """Counts, and on a GPU memory, the graph's and the profiler's times, each for itself."""
+
+    def saved() -> None:
+        subject.forget()
+        record.bytes["saved"] = saved_bytes(subject.forward, exclude=subject.live)
+
+    def launches() -> None:
+        if record.provider in COUNTABLE:
+            record.launches = _launches(subject)
+
+    def peak() -> None:
+        record.bytes["peak"] = protocol.peak_bytes(subject)
+
+    def kernels() -> None:
+        seconds, record.kernels = protocol.kernels(subject)
+        record.times["kernels"] = {"both": protocol.summary([seconds])}
+
+    def graph() -> None:
+        if subject.finish is not None:
+            record.absent["graph"] = "a step is measured as it is run"
+            return
+        own = sum(t.numel() * t.element_size() for t in subject.live)
+        passes = protocol.graph(maker.make, protocol.input_sets(own), settings.seconds)
+        record.times["graph"] = {which: protocol.summary(v) for which, v in passes.items()}
+
+    parts = [saved, launches]
+    if settings.device.type == "cuda":
+        parts += [peak, kernels, graph]
+    for part in parts:
+        try:
+            part()
+        except Exception as error:  # one that waits for the GPU has no graph, for example
+            record.absent[part.__name__] = one_line(error)
+            _check_gpu(record, error, settings)
+        finally:
+            subject.forget()
+
+
+# A compiler's code hides what it launches.
+COUNTABLE = {name for name, provider in providers.PROVIDERS.items() if not provider.compiles}
+
+
+def _launches(subject: Subject) -> list[int]:
+    """Of the forward and of the backward pass."""
     y: list[torch.Tensor] = []
     parts = [
         count(lambda: y.append(subject.forward())),
         count(lambda: y[0].backward(subject.dy)),
     ]
-    record.launches = [sum(part.counts.values()) for part in parts]
-    subject.forget()
+    return [sum(part.counts.values()) for part in parts]
 
 
-def _on_gpu(record: Record, subject: Subject, maker: Maker, settings: Settings) -> None:
-    """Peak memory, the graph's and the profiler's times."""
-    record.bytes["peak"] = protocol.peak_bytes(subject)
-    try:
-        seconds, number = protocol.kernels(subject)
-        record.times["kernels"] = {"both": protocol.summary([seconds])}
-        record.kernels = number
-    except Exception as error:
-        record.absent["kernels"] = _one_line(error)
-    if subject.finish is not None:
-        record.absent["graph"] = "a step is measured as it is run"
-        return
-    try:
-        own = sum(t.numel() * t.element_size() for t in subject.live)
-        passes = protocol.graph(maker.make, protocol.input_sets(own), settings.seconds)
-        record.times["graph"] = {key: protocol.summary(v) for key, v in passes.items()}
-    except Exception as error:  # one that synchronises cannot be captured
-        torch.cuda.synchronize()
-        record.absent["graph"] = _one_line(error)
-
-
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error as a cell of a table shows it."""
     text = str(error).strip().splitlines() or [""]
     where = traceback.extract_tb(error.__traceback__)[-1]

@@ -39,8 +39,8 @@ class Layer:
 class Operands:
     """One layer's tensors: S samples of T tokens, widths d → d, rank r; equal for equal arguments.
 
-    Values are drawn in float32 and rounded, of the size that training has: x and dy of mean square
-    1, weights so that they keep it.
+    Values are drawn in float32 on the device and rounded, of the size that training has: x and dy
+    of mean square 1, weights so that they keep it.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Operands:
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int, scale: float = 1.0, is_trained: bool = True) -> Tensor:
-            values = torch.randn(shape, generator=generator) * scale
-            return values.to(device, dtype).requires_grad_(is_trained)
+            values = torch.randn(shape, generator=generator, device=device) * scale
+            return values.to(dtype).requires_grad_(is_trained)
 
         self.layer, self.r = layer, r
         self.adapted: tuple[int, ...] = (0, 2) if layer.host.endswith("qkv") else (0,)

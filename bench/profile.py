@@ -23,6 +23,7 @@ from bench.providers import PROVIDERS
 from bench.run import add_moved, moved_file
 
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum"
+HOPELESS = 3  # failures without a success: no permission to read counters, most likely
 UNITS = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 
 
@@ -49,22 +50,23 @@ def main(arguments: Namespace) -> int:
         for record in found.records
         if record.case["kind"] == "op" and record.error is None and "moved" not in record.bytes
     }
-    stop, failed = time.monotonic() + arguments.budget, 0
+    stop, failed, profiled = time.monotonic() + arguments.budget, 0, 0
     for (name, provider), record in tqdm(left.items(), desc="profiling", unit="case"):
-        if time.monotonic() > stop:
+        if time.monotonic() > stop or (failed == HOPELESS and not profiled):
             break
         command = once_command(ncu, arguments.file, record.of_case(), provider)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        moved = bytes_in(done.stdout)
+        moved = None if done.returncode else bytes_in(done.stdout)
         if moved is None:
             failed += 1
             tqdm.write(f"{name} {provider}: ncu said {(done.stdout + done.stderr)[-300:]!r}")
             continue
         with moved_file(arguments.file).open("a") as file:
             file.write(json.dumps({"name": name, "provider": provider, "moved": moved}) + "\n")
+        profiled += 1
     add_moved(arguments.file, found.records)
     found.write(arguments.file)
-    print(f"{len(left) - failed} profiled, {failed} failed")
+    print(f"{profiled} profiled, {failed} failed, {len(left) - profiled - failed} left")
     print(f"next: python -m bench report {arguments.file}")
     return int(failed > 0)
 

@@ -17,7 +17,6 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.subject import Subject
 
@@ -107,20 +106,33 @@ def samples(subject: Subject, clock: Clock, calls: int) -> Passes:
     return found
 
 
-def wall(subjects: dict[str, Subject], clock: Clock, seconds: float) -> dict[str, Passes]:
-    """Samples of every provider's passes: in each round all take a turn of about seconds/ROUNDS."""
-    calls = {}
-    for name, subject in subjects.items():
-        samples(subject, clock, 2)
-        once = median(samples(subject, clock, 3)["both"])
-        calls[name] = max(2, min(1000, int(seconds / ROUNDS / once)))
-    found: dict[str, Passes] = {name: {} for name in subjects}
+def wall(
+    subjects: dict[str, Subject], clock: Clock, seconds: float, failed: dict[str, Exception]
+) -> dict[str, Passes]:
+    """Samples of every provider's passes: in each round all take a turn of about seconds/ROUNDS.
+
+    One that raises is put into `failed`, and the others go on without it.
+    """
+    calls: dict[str, int] = {}
+    found: dict[str, Passes] = {}
+
+    def turn(name: str, round_: int) -> None:
+        if round_ == 0:
+            samples(subjects[name], clock, 2)
+            once = median(samples(subjects[name], clock, 3)["both"])
+            calls[name] = max(2, min(1000, int(seconds / ROUNDS / once)))
+            return
+        for which, values in samples(subjects[name], clock, calls[name]).items():
+            found.setdefault(name, {}).setdefault(which, []).extend(values)
+
     with undisturbed():
-        for _ in range(ROUNDS):
-            for name, subject in subjects.items():
-                for which, values in samples(subject, clock, calls[name]).items():
-                    found[name].setdefault(which, []).extend(values)
-    return found
+        for round_ in range(ROUNDS + 1):
+            for name in subjects.keys() - failed.keys():
+                try:
+                    turn(name, round_)
+                except Exception as error:  # whatever a provider stumbles on is its result
+                    failed[name] = error
+    return {name: passes for name, passes in found.items() if name not in failed}
 
 
 def input_sets(bytes_of_one: float) -> int:
@@ -129,20 +141,29 @@ def input_sets(bytes_of_one: float) -> int:
 
 
 def captured(subject: Subject, is_both: bool) -> torch.cuda.CUDAGraph:
-    """A graph of the forward pass, or of both."""
+    """A graph of the forward pass, or of both.
 
-    def run() -> Tensor:
+    What waits for the GPU cannot be captured, and a capture that fails leaves PyTorch's allocator
+    and generator behind in a capture: such a subject is found before, and raises.
+    """
+
+    def run() -> None:
         subject.forget()
         y = subject.forward()
         if is_both:
             y.backward(subject.dy)
-        return y
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(2):
             run()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -153,16 +174,20 @@ def captured(subject: Subject, is_both: bool) -> torch.cuda.CUDAGraph:
 def graph(make: Callable[[int], Subject], sets: int, seconds: float) -> Passes:
     """Samples of graph replays; `make(i)` gives the subject of the i-th input set.
 
-    "backward" is the difference of the medians of the other two: a graph holds both.
+    A graph holds none of its inputs: all sets live until the last replay. "backward" is the
+    difference of the medians of the other two, since a graph holds both.
     """
     clock, found = GpuClock(), dict[str, list[float]]()
+    subjects = [make(i) for i in range(sets)]
     for which, is_both in (("forward", False), ("both", True)):
-        graphs = [captured(make(i), is_both) for i in range(sets)]
+        graphs = [captured(subject, is_both) for subject in subjects]
         for each in graphs:
             each.replay()
         clock.wait()
         found[which] = _replays(graphs, clock, seconds)
         del graphs
+        for subject in subjects:
+            subject.forget()
     found["backward"] = [median(found["both"]) - median(found["forward"])]
     return found
 
@@ -192,7 +217,8 @@ def kernels(subject: Subject, calls: int = 10) -> tuple[float, float]:
         samples(subject, clock, calls)
     ran = [
         event for event in profile.events()
-        if event.device_type.name == "CUDA" and "Memcpy" not in event.name
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
+        and not event.name.startswith(("Memcpy", "Memset"))
     ]  # fmt: skip
     return sum(event.time_range.elapsed_us() for event in ran) / calls / 1e6, len(ran) / calls
 

@@ -141,8 +141,12 @@ def obstacle(name: str, case: Case, device: torch.device) -> str | None:
         return "peft is not installed"
     if name == "matmul-order" and (case.route not in MIXED or case.dropout > 0.0):
         return "written for five routes, without dropout"
-    if name == "published" and case.Nv > 1 and case.route in ("add", "mul", "expand"):
-        return "the published code pairs tokens there"
+    pairs = case.Nv > 1 and case.route in ("add", "mul", "expand")
+    if name in ("published", "matmul-order") and pairs:
+        return "written for one visual token there"
+    R = case.r * (2 if case.host == "qkv" else 1)
+    if name == "fused" and R > coverage.MAX_R:
+        return f"R = {R} is more than {coverage.MAX_R}"
     if name == "fused":
         return coverage.device_obstacle(device)
     return None

@@ -7,6 +7,7 @@ import re
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -138,13 +139,21 @@ def _version(name: str) -> str | None:
         return None
 
 
+def place(environment: dict[str, Any]) -> str:
+    """The device and the code: records of other places are none of this run."""
+    return f"{environment['device']} {environment['commit']}"
+
+
 def _commit() -> str:
-    """Short hash, with + where tracked files differ from it; COMMIT where there is no git."""
+    """COMMIT of the environment; or git's short hash, with + and a digest of what differs."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     try:
         commit = _git("rev-parse", "--short=8", "HEAD")
-        return commit + ("+" if _git("status", "--porcelain", "-uno") else "")
+        changes = _git("diff", "HEAD")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
+    return commit + (f"+{sha256(changes.encode()).hexdigest()[:6]}" if changes else "")
 
 
 def _git(*arguments: str) -> str:

@@ -6,18 +6,21 @@ interrupted one stopped; the result file holds all of them, and is written anew 
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from bench import protocol, results
 from bench.cases import GRIDS, Case, grid
+from bench.models import WAYS
 from bench.operands import DTYPES
 from bench.providers import PROVIDERS, check_names, obstacle
 from bench.results import Record, Results
@@ -31,10 +34,13 @@ DEFAULT_PROVIDERS = {
 }  # fmt: skip
 
 
+LOST = 3  # exit status of a process that lost its GPU
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """Those of a run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--grid", default=DEFAULT_GRID[device], help=f"one of {', '.join(GRIDS)}")
+    parser.add_argument("--grid", help=f"one of {', '.join(GRIDS)} (default: {DEFAULT_GRID})")
     parser.add_argument("--case", action="append", help="only cases whose name matches this glob")
     parser.add_argument(
         "--provider", action="append", help=f"repeatable, of {', '.join(PROVIDERS)}"
@@ -49,6 +55,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/…)")
     parser.add_argument("--list", action="store_true", help="list cases and providers, run none")
     parser.add_argument("--process", type=int, help="only this one of the processes, in this one")
+    parser.add_argument("--until", type=float, help="the time at which no case is begun any more")
     parser.add_argument("--share", help="i/n: only run the gates of every n-th case from the i-th")
 
 
@@ -63,26 +70,45 @@ def run(arguments: Namespace) -> int:
             "on a CPU: plain torch against plain torch; the kernels need a GPU and are left out",
             file=sys.stderr,
         )
+    if arguments.until is None and arguments.budget is not None:
+        arguments.until = time.time() + arguments.budget
     out = arguments.out or results.path_for(results.environment(torch.device(arguments.device)))
     if arguments.share:
         return warm_up(cases, names, arguments)
     if arguments.process is not None:
-        measure_all(cases, names, arguments, out)
-        return 0
-    stop = time.monotonic() + arguments.budget if arguments.budget else None
+        return measure_all(cases, names, arguments, out)
+    stop = arguments.until
     again = [sys.executable, "-m", "bench", *sys.argv[1:], "--out", str(out)]
-    shares = [
-        subprocess.Popen([*again, "--share", f"{i}/{arguments.warm}"], stderr=subprocess.DEVNULL)
-        for i in range(arguments.warm if arguments.device == "cuda" else 0)
-    ]
-    for share in shares:
-        share.wait()
+    if stop is not None:
+        again += ["--until", str(stop)]
+    if arguments.device == "cuda" and arguments.warm:
+        warm(again, arguments.warm, stop)
     for process in range(arguments.processes):
-        left = [] if stop is None else ["--budget", str(max(1.0, stop - time.monotonic()))]
-        subprocess.run([*again, "--process", str(process), *left], check=False)
+        while stop is None or time.time() < stop:
+            done = subprocess.run([*again, "--process", str(process)], check=False)
+            if done.returncode != LOST:  # its culprit is written down: the rest may go on
+                break
     if not out.exists():
         raise ValueError(f"out={str(out)!r}: no process measured anything; see above")
     return conclude(out)
+
+
+def warm(again: list[str], shares: int, stop: float | None) -> None:
+    """Lets so many processes run the gates, for at most half of the time there is."""
+    few_threads = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    started = [
+        subprocess.Popen(
+            [*again, "--share", f"{i}/{shares}"], stderr=subprocess.DEVNULL, env=few_threads
+        )
+        for i in range(shares)
+    ]
+    latest = time.time() + 600 if stop is None else (time.time() + stop) / 2
+    for share in started:
+        try:
+            share.wait(timeout=max(1.0, latest - time.time()))
+        except subprocess.TimeoutExpired:
+            share.kill()
+            share.wait()
 
 
 def chosen(arguments: Namespace) -> tuple[list[Case], list[str]]:
@@ -96,18 +122,30 @@ def chosen(arguments: Namespace) -> tuple[list[Case], list[str]]:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no GPU; use --device cpu")
     for name in ("processes", "seconds"):
-        if getattr(arguments, name) <= 0:
+        if not 0 < getattr(arguments, name) < float("inf"):
             raise ValueError(f"{name} must be positive, got {getattr(arguments, name)}")
-    names = arguments.provider or DEFAULT_PROVIDERS[arguments.device]
-    return grid(arguments.grid, arguments.case), check_names(names)
+    names = check_names(arguments.provider or DEFAULT_PROVIDERS[arguments.device])
+    cases = grid(arguments.grid or DEFAULT_GRID[arguments.device], arguments.case)
+    device = torch.device(arguments.device)
+    if not any(offered(case, names, device) for case in cases):
+        why = obstacle(names[0], cases[0], device)
+        raise ValueError(f"provider: none of {', '.join(names)} has any of these cases: {why}")
+    return cases, names
+
+
+def offered(case: Case, names: list[str], device: torch.device) -> list[str]:
+    """The providers that have a case, as far as is known before it is made."""
+    if case.kind == "op":
+        return [name for name in names if obstacle(name, case, device) is None]
+    blocked = obstacle("fused", case, device) is not None
+    return [name for name in names if name in WAYS and not (blocked and name == "fused")]
 
 
 def listing(cases: list[Case], names: list[str], device: torch.device) -> str:
     """Cases by name, with the providers that each has."""
     lines = []
     for case in cases:
-        has = [name for name in names if case.kind != "op" or not obstacle(name, case, device)]
-        lines.append(f"{case.name:58} {' '.join(has)}")
+        lines.append(f"{case.name:58} {' '.join(offered(case, names, device))}")
     told = "\n".join(f"  {name:15} {PROVIDERS[name].says}" for name in names)
     return "\n".join([*lines, "", f"{len(cases)} cases; providers:", told,
                       "next: the same command without --list"])  # fmt: skip
@@ -118,38 +156,46 @@ def part(out: Path, process: int) -> Path:
     return out.with_name(f"{out.stem}.process{process}.jsonl")
 
 
-def measure_all(cases: list[Case], names: list[str], arguments: Namespace, out: Path) -> None:
-    """Measures what this process has not yet, a line for each record."""
-    from bench.measure import Settings, measure
+def measure_all(cases: list[Case], names: list[str], arguments: Namespace, out: Path) -> int:
+    """Measures what this process has not yet, a line for each record; LOST where the GPU is."""
+    from bench.measure import GpuLost, Settings, measure, one_line
 
     device = torch.device(arguments.device)
     settings = Settings(device, arguments.seconds, arguments.process)
     lines = part(out, arguments.process)
     lines.parent.mkdir(parents=True, exist_ok=True)
-    done = {(record.name, record.provider) for record in records_in(lines)}
-    about = {
-        "environment": results.environment(device),
-        "ceilings": protocol.ceilings(device, DTYPES[cases[0].dtype]),
-    }
-    stop = time.monotonic() + arguments.budget if arguments.budget else float("inf")
+    about = {"environment": results.environment(device), "ceilings": {}}
+    where = results.place(about["environment"])
+    done = {(record.name, record.provider) for record in records_in(lines, where)}
+    if any((case.name, name) not in done for case in cases for name in names):
+        about["ceilings"] = protocol.ceilings(device, DTYPES[cases[0].dtype])
+    merge(out, about)  # with what a killed run wrote last
     bar = tqdm(cases, desc=f"process {arguments.process}", unit="case", smoothing=0)
     for case in bar:
         bar.set_postfix_str(case.name)
         left = [name for name in names if (case.name, name) not in done]
-        if not left or time.monotonic() > stop:
+        if not left or (arguments.until is not None and time.time() > arguments.until):
             continue
-        found = measure(case, left, settings)
-        append(lines, found)
+        try:
+            for record in measure(case, left, settings):
+                append(lines, record, where)
+        except GpuLost as lost:
+            append(lines, lost.record, where)
+            return LOST
+        except Exception as error:  # of the case as a whole: too large, most likely
+            for name in offered(case, left, device):
+                failed = Record(case.name, case.to_json(), name, arguments.process)
+                append(lines, replace(failed, error=one_line(error)), where)
         merge(out, about)
+    return 0
 
 
-def append(lines: Path, records: list[Record]) -> None:
-    """Adds records to a process's file, on lines of their own after one that a kill cut off."""
+def append(lines: Path, record: Record, where: str) -> None:
+    """Adds a record to a process's file, on a line of its own after one that a kill cut off."""
     before = lines.read_text() if lines.exists() else ""
     with lines.open("a") as file:
         file.write("" if not before or before.endswith("\n") else "\n")
-        for record in records:
-            file.write(json.dumps(asdict(record)) + "\n")
+        file.write(json.dumps({**asdict(record), "where": where}) + "\n")
 
 
 def warm_up(cases: list[Case], names: list[str], arguments: Namespace) -> int:
@@ -167,23 +213,29 @@ def warm_up(cases: list[Case], names: list[str], arguments: Namespace) -> int:
     return 0
 
 
-def records_in(lines: Path) -> list[Record]:
-    """Those of a process; a line that a kill cut off counts as not measured."""
+def records_in(lines: Path, where: str) -> list[Record]:
+    """Those of a process on this device and commit; a line that a kill cut off is none."""
     found = []
     for line in lines.read_text().splitlines() if lines.exists() else ():
         try:
-            found.append(Record(**json.loads(line)))
-        except (ValueError, TypeError):
+            record = json.loads(line)
+            if record.pop("where") == where:
+                found.append(Record(**record))
+        except (ValueError, TypeError, KeyError, AttributeError):
             continue
     return found
 
 
-def merge(out: Path, about: dict[str, dict[str, object]]) -> None:
-    """Writes the result file from what all processes wrote."""
+def merge(out: Path, about: dict[str, Any]) -> None:
+    """Writes the result file from what all processes wrote on this device and commit."""
+    where = results.place(about["environment"])
     parts = sorted(out.parent.glob(f"{out.stem}.process*.jsonl"))
-    records = [record for lines in parts for record in records_in(lines)]
+    records = [record for lines in parts for record in records_in(lines, where)]
     add_moved(out, records)
-    Results(about["environment"], about["ceilings"], records).write(out)
+    ceilings = about["ceilings"]
+    if not ceilings and out.exists():
+        ceilings = results.read(out).ceilings
+    Results(about["environment"], ceilings, records).write(out)
 
 
 def moved_file(out: Path) -> Path:

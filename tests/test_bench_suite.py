@@ -1,6 +1,7 @@
 """The benchmark suite: cases, providers, the gate before them, runs that can be interrupted."""
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import formula, measure, profile, protocol, providers, results, run
+from bench import formula, formulations, measure, profile, protocol, providers, results, run
 from bench.__main__ import main
 from bench.cases import GRIDS, HOSTS, ROUTES, Case, grid, op
 from bench.correct import Gate
@@ -17,6 +18,7 @@ from bench.offline import summary
 from bench.operands import Operands
 from bench.providers import PROVIDERS, Provider
 from bench.results import Record
+from bench.subject import Subject
 
 CPU = torch.device("cpu")
 TINY = Case("op", "adapter", "mul", 24, 4, 3, 5, dtype="fp32")
@@ -232,3 +234,88 @@ def test_modelled_times_are_called_so() -> None:
     cells = table[3].split()
     assert cells[0] == op("adapter", "mul", 768, 64, 2_000).name
     assert float(cells[-1]) > float(cells[-2]) > 0.0
+
+
+def test_one_that_fails_while_it_is_timed_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fails_later(o: Operands) -> Tensor:
+        calls.append(1)
+        if len(calls) > 4:
+            raise RuntimeError("boom")
+        return o.x @ o.A.T @ o.B.T
+
+    monkeypatch.setitem(PROVIDERS, "late", Provider("late", lambda o: o.subject(fails_later), ""))
+    bad, good = measure.measure(TINY, ["late", "reference"], Settings(CPU, seconds=0.02))
+    assert bad.error is not None and "boom" in bad.error and good.times["wall"]
+
+
+def test_what_cannot_be_counted_leaves_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> int:
+        raise MemoryError("no")
+
+    monkeypatch.setattr(measure, "saved_bytes", fails)
+    (record,) = measure.measure(TINY, ["reference"], Settings(CPU, seconds=0.02))
+    assert record.error is None and record.times["wall"] and "MemoryError" in record.absent["saved"]
+
+
+def test_a_lost_gpu_ends_the_process_with_its_culprit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(record: Record, error: Exception, _: Settings) -> None:
+        record.error = str(error)
+        raise measure.GpuLost(record)
+
+    def fails(o: Operands) -> Tensor:
+        raise RuntimeError("illegal access")
+
+    monkeypatch.setattr(measure, "_check_gpu", lost)
+    monkeypatch.setitem(PROVIDERS, "bad", Provider("bad", lambda o: o.subject(fails), ""))
+    given = [*RUN, "--provider", "reference", "--provider", "bad", "--process", "0"]
+    assert main([*given, "--out", str(tmp_path / "r.json")]) == run.LOST
+    where = results.place(results.environment(CPU))
+    (record,) = run.records_in(run.part(tmp_path / "r.json", 0), where)
+    assert (record.provider, record.error) == ("bad", "illegal access")
+
+
+def test_records_of_other_code_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [*RUN, "--provider", "reference", "--process", "0", "--out", str(tmp_path / "r.json")]
+    for commit in ("one", "two", "two"):
+        monkeypatch.setenv("COMMIT", commit)
+        assert main(given) == 0
+        found = results.read(tmp_path / "r.json")
+        assert found.environment["commit"] == commit and len(found.records) == 1
+    assert len(run.part(tmp_path / "r.json", 0).read_text().splitlines()) == 2
+
+
+def test_a_budget_that_is_spent_measures_nothing(tmp_path: Path) -> None:
+    given = [*RUN, "--process", "0", "--out", str(tmp_path / "r.json"), "--budget", "0.001"]
+    assert main(given) == 0
+    assert results.read(tmp_path / "r.json").records == []
+
+
+def test_input_sets_live_until_the_last_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph holds no inputs: freed ones would be the next set's memory, and in the cache."""
+    alive: list[int] = []
+    made: list[weakref.ref[Tensor]] = []
+
+    def make(i: int) -> Subject:
+        operands = Operands.of_case(TINY, CPU, i)
+        made.append(weakref.ref(operands.x))
+        return operands.subject(formulations.by_hand)
+
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    def replays(graphs: list[Graph], *_: object) -> list[float]:
+        alive.append(sum(ref() is not None for ref in made))
+        return [1.0]
+
+    monkeypatch.setattr(protocol, "GpuClock", protocol.HostClock)
+    monkeypatch.setattr(protocol, "captured", lambda subject, is_both: Graph())
+    monkeypatch.setattr(protocol, "_replays", replays)
+    protocol.graph(make, 4, 0.1)
+    assert alive == [4, 4] and len(made) == 4
