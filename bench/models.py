@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cases import Case
+from bench.operands import DTYPES
 from bench.subject import Subject
 from fused_route import RoutedConfig, attach
 from fused_route.checks import one_of
@@ -26,7 +27,6 @@ ANSWERS = 3129  # that VQA v2 is classified into, as published
 VISION = "vit_base_patch16_224"
 WAYS = ("reference", "fused", "compile", "peft", "frozen")
 KINDS = ("layer", "step")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ of a shared machine mean little by themselves: all chains take turns in one proc
 garbage collection, and the best round counts.
 """
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 
 from bench import formulations
 from bench.operands import Layer, Operands
+from bench.protocol import undisturbed
 from bench.subject import Subject
 from fused_route.kernels.config import compiler_options
 from fused_route.kernels.launch import Launch
@@ -30,16 +30,14 @@ LAUNCH_LIMIT = 0.25
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """One thread, and no garbage collection."""
+def one_thread() -> Iterator[None]:
+    """And no garbage collection."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.collect()
-    gc.disable()
     try:
-        yield
+        with undisturbed():
+            yield
     finally:
-        gc.enable()
         torch.set_num_threads(threads)
 
 
@@ -48,7 +46,7 @@ def best(
 ) -> dict[str, float]:
     """Microseconds of each call: means of rounds in which they take turns, the best of each."""
     times = dict.fromkeys(calls, float("inf"))
-    with undisturbed():
+    with one_thread():
         for _ in range(repeats):
             for call in calls.values():
                 call()
