@@ -57,10 +57,11 @@ def measure(case: Case, names: list[str], settings: Settings) -> Iterator[Record
             _check_gpu(records[name], error, settings)
     clock = protocol.clock_of(settings.device)
     times = protocol.wall(subjects, clock, settings.seconds, failed)
+    for name, first in failed.items():  # in the order of their failures: the first is the culprit
+        _check_gpu(records[name], first, settings)
     for name, record in records.items():
         if name in failed:
             record.error = one_line(failed[name])
-            _check_gpu(record, failed[name], settings)
         else:
             passes = times[name].items()
             record.times["wall"] = {which: protocol.summary(values) for which, values in passes}

@@ -127,7 +127,7 @@ def wall(
 
     with undisturbed():
         for round_ in range(ROUNDS + 1):
-            for name in subjects.keys() - failed.keys():
+            for name in [name for name in subjects if name not in failed]:
                 try:
                     turn(name, round_)
                 except Exception as error:  # whatever a provider stumbles on is its result

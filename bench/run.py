@@ -167,13 +167,17 @@ def measure_all(cases: list[Case], names: list[str], arguments: Namespace, out: 
     about = {"environment": results.environment(device), "ceilings": {}}
     where = results.place(about["environment"])
     done = {(record.name, record.provider) for record in records_in(lines, where)}
-    if any((case.name, name) not in done for case in cases for name in names):
+    todo = {
+        case: [name for name in offered(case, names, device) if (case.name, name) not in done]
+        for case in cases
+    }
+    if any(todo.values()):
         about["ceilings"] = protocol.ceilings(device, DTYPES[cases[0].dtype])
     merge(out, about)  # with what a killed run wrote last
     bar = tqdm(cases, desc=f"process {arguments.process}", unit="case", smoothing=0)
     for case in bar:
         bar.set_postfix_str(case.name)
-        left = [name for name in names if (case.name, name) not in done]
+        left = todo[case]
         if not left or (arguments.until is not None and time.time() > arguments.until):
             continue
         try:
@@ -183,7 +187,7 @@ def measure_all(cases: list[Case], names: list[str], arguments: Namespace, out: 
             append(lines, lost.record, where)
             return LOST
         except Exception as error:  # of the case as a whole: too large, most likely
-            for name in offered(case, left, device):
+            for name in left:
                 failed = Record(case.name, case.to_json(), name, arguments.process)
                 append(lines, replace(failed, error=one_line(error)), where)
         merge(out, about)

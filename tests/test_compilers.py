@@ -97,6 +97,15 @@ def results(call: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor) -> li
     return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()][:3])]
 
 
+def assert_traced_whole(layer: Any, backend: str) -> None:
+    """Compiled without a break it gives the bits that it gives eagerly."""
+    x = leaf(S, T, D)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for mine, eager in zip(results(compiled, layer, x), results(layer, layer, x), strict=True):
+        assert torch.equal(mine, eager)
+
+
 @pytest.mark.usefixtures("unpoisoned")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("Nv", [1, 3])
@@ -105,11 +114,7 @@ def results(call: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor) -> li
 def test_compile_traces_layers_whole(kind: str, route: str, Nv: int, recompute: bool) -> None:
     layer = layer_of(kind, route, recompute=recompute)
     layer.context.set(torch.randn(S, Nv, D))
-    x = leaf(S, T, D)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for mine, eager in zip(results(compiled, layer, x), results(layer, layer, x), strict=True):
-        assert torch.equal(mine, eager)
+    assert_traced_whole(layer, "aot_eager")
 
 
 @pytest.mark.usefixtures("unpoisoned")
@@ -120,11 +125,7 @@ def test_compile_traces_the_reference_whole(kind: str, route: str, Nv: int) -> N
     layer = layer_of(kind, route)
     layer.impl = "reference"
     layer.context.set(torch.randn(S, Nv, D))
-    x = leaf(S, T, D)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    for mine, eager in zip(results(compiled, layer, x), results(layer, layer, x), strict=True):
-        assert torch.equal(mine, eager)
+    assert_traced_whole(layer, "eager")
 
 
 @pytest.mark.usefixtures("unpoisoned")
