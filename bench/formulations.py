@@ -8,9 +8,9 @@ from torch import Tensor
 
 from bench.operands import S_SCALE, Operands
 from fused_route import Routing, reference
-from fused_route.context import RoutingInput
 from fused_route.functional import Impl, routed_adapter, routed_linear
 from fused_route.reference import NO_DROPOUT
+from fused_route.routing_input import RoutingInput
 
 
 def library(o: Operands, impl: Impl = "triton", **modes: Any) -> Tensor:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from .checks import whole
-from .context import RoutingInput
 from .routing import Routing
+from .routing_input import RoutingInput
 
 
 def check_linear(
@@ -26,7 +26,7 @@ def check_linear(
     if bias is not None and weight is None:
         raise ValueError("bias belongs to weight; base_out has its own in it already")
     check_tensors(x_h, A=A, B=B, weight=weight, bias=bias)
-    check_routing_input(x_h, given, routing)
+    check_routing_input(x_h, given, routing, A, len(adapted))
     width = check_base(x_h, weight, bias, base_out)
     check_segments(adapted, of, width)
     check_matrices(A, B, x_h.shape[-1], width // of, len(adapted))
@@ -43,7 +43,7 @@ def check_adapter(
 ) -> None:
     """The tensors of `routed_adapter` fit each other; else a ValueError."""
     check_tensors(x_h, A=A, B=B, b_A=b_A, b_B=b_B)
-    check_routing_input(x_h, given, routing)
+    check_routing_input(x_h, given, routing, A, 1)
     check_matrices(A, B, x_h.shape[-1], x_h.shape[-1], 1)
     check_bias("b_A", b_A, A.shape[0])
     check_bias("b_B", b_B, x_h.shape[-1])
@@ -88,10 +88,13 @@ def as_routing_input(x_r: Tensor | RoutingInput | None, routing: Routing) -> Rou
     return x_r if isinstance(x_r, RoutingInput) else RoutingInput(x_r)
 
 
-def check_routing_input(x_h: Tensor, given: RoutingInput | None, routing: Routing) -> None:
-    """The routing input fits x_h; else a ValueError."""
+def check_routing_input(
+    x_h: Tensor, given: RoutingInput | None, routing: Routing, A: Tensor, g: int
+) -> None:
+    """The routing input fits x_h, and what was made of it already fits A; else a ValueError."""
     if given is None:
         return
+    _check_prepared(given, routing, A, g)
     if given.width != x_h.shape[-1]:
         raise ValueError(f"x_r has width {given.width}, x_h has {x_h.shape[-1]}; both meet A")
     if given.x_r.device != x_h.device:
@@ -103,6 +106,21 @@ def check_routing_input(x_h: Tensor, given: RoutingInput | None, routing: Routin
             f"x_r is for a batch of {given.batch_size}, x_h is a batch of {x_h.shape[0]}; nothing "
             "is broadcast (for beams: RoutingInput(x_r).repeated(beams))"
         )
+
+
+def _check_prepared(given: RoutingInput, routing: Routing, A: Tensor, g: int) -> None:
+    x_v, operand, R = given.x_v, given.operand, A.shape[0]
+    if x_v is not None and (x_v.shape[-1] != R or x_v.device != given.x_r.device):
+        raise ValueError(
+            f"x_v has {x_v.shape[-1]} columns on {x_v.device}, A has R = {R} rows and x_r is on "
+            f"{given.x_r.device}"
+        )
+    if x_v is not None and x_v.dtype != A.dtype and not torch.is_autocast_enabled(A.device.type):
+        raise ValueError(f"x_v is {x_v.dtype}, A is {A.dtype}: convert one")
+    if operand is not None:
+        G = 1 if routing.segments == "joint" else g
+        B, Nv = given.x_r.shape[:2]
+        routing.check(operand, torch.Size((B, G, Nv, R // G)))
 
 
 def _check_packing(

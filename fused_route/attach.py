@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from . import __version__, checkpoint
-from .build import PROJECTOR, build, build_projector, modules_to_save
+from .bottleneck import Bottleneck
+from .build import PROJECTOR, Builder, build_projector
+from .checks import one_of, truth
 from .config import HOSTS, RoutedConfig, identity_of
-from .context import RoutingContext, RoutingInput, VisualProjector
-from .modules import Bottleneck
+from .context import RoutingContext, VisualProjector
+from .freezing import saved
+from .functional import IMPLS, Impl
+from .routing_input import RoutingInput
 from .targets import find_targets
+from .text import follow
+from .together import PROJECT
 
 
 @dataclass
@@ -25,6 +32,7 @@ class _Before:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 class Attached:
@@ -54,9 +62,11 @@ class Attached:
         self.projector = projector
         self._before: _Before | None = before
 
-    def using(self, x_r: Tensor | RoutingInput) -> AbstractContextManager[None]:
+    def using(
+        self, x_r: Tensor | RoutingInput | None = None, *, text_mask: Tensor | str | None = None
+    ) -> AbstractContextManager[None]:
         """`context.using`: routes with these features inside a `with` block."""
-        return self.context.using(x_r)
+        return self.context.using(x_r, text_mask=text_mask)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """What an optimiser gets: every parameter of the model that requires a gradient.
@@ -94,7 +104,7 @@ class Attached:
         """The adapter's tensors by their names in a checkpoint; the model's own, not copies."""
         before = self._attached()
         found: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
+        for name, layer in self._own().items():
             for parameter, written in HOSTS[self.config.host].tensors.items():
                 tensor = getattr(layer, parameter, None)
                 if tensor is not None:
@@ -105,6 +115,13 @@ class Attached:
             for name, tensor in self.projector.state_dict(keep_vars=True).items():
                 found[f"base_model.{PROJECTOR}.{name}"] = tensor
         return found
+
+    def _own(self) -> dict[str, Bottleneck]:
+        """The layers without repetition: a shared one by the first name it has."""
+        first: dict[Bottleneck, str] = {}
+        for name, layer in self.layers.items():
+            first.setdefault(layer, name)
+        return {name: layer for layer, name in first.items()}
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes adapter_model.safetensors and adapter_config.json, each whole or not at all.
@@ -154,6 +171,9 @@ class Attached:
             ValueError: detached already.
         """
         before, self._before = self._attached(), None
+        for hook in before.hooks:
+            hook.remove()
+        self.context.together.clear()
         for name, module in before.modules.items():
             _put(self.model, name, module)
         if self.projector is not None:
@@ -186,6 +206,10 @@ def attach(
     model: nn.Module,
     config: RoutedConfig | str | os.PathLike[str],
     context: RoutingContext | None = None,
+    *,
+    impl: Impl = "auto",
+    recompute: bool = False,
+    project: str = "auto",
 ) -> Attached:
     """Puts routed layers into a model, in place, and freezes everything else.
 
@@ -194,6 +218,10 @@ def attach(
         config: what to adapt and how; or the directory of a checkpoint, whose configuration and
             values are then used.
         context: to share with code of your own; None: a new one.
+        impl, recompute: of the layers, as in `RoutedLinear`.
+        project: who computes x_v = x_r Aᵀ. "layer", each when it is called; "together", the context
+            for all layers of one width and rank in one product when it is set; "auto", together
+            where that saves launches: without gradients and from five layers on (docs/kernels.md).
 
     Returns:
         The handle to route (`using`), train, save, load and detach with.
@@ -206,16 +234,19 @@ def attach(
         raise ValueError(f"model must be a torch module, got {type(model).__name__}")
     if not isinstance(context, (RoutingContext, type(None))):
         raise ValueError(f"context must be a RoutingContext, got {type(context).__name__}")
+    one_of("impl", impl, IMPLS)
+    one_of("project", project, PROJECT)
+    options = {"impl": impl, "recompute": truth("recompute", recompute)}
     context = RoutingContext() if context is None else context
     if isinstance(config, RoutedConfig):
-        return _attach(model, config, context)
+        return _attach(model, config, context, options, project)
     if not isinstance(config, (str, os.PathLike)):
         raise ValueError(
             f"config must be a RoutedConfig or a directory, got {type(config).__name__}"
         )
     written = checkpoint.read_config(config)
     _refuse_other_model(model, written, config)
-    attached = _attach(model, _config(written, config), context)
+    attached = _attach(model, _config(written, config), context, options, project)
     try:
         attached.load(config)
     except BaseException:
@@ -224,15 +255,24 @@ def attach(
     return attached
 
 
-def _attach(model: nn.Module, config: RoutedConfig, context: RoutingContext) -> Attached:
+def _attach(
+    model: nn.Module,
+    config: RoutedConfig,
+    context: RoutingContext,
+    options: dict[str, Any],
+    project: str,
+) -> Attached:
     for name, module in model.named_modules():
         if isinstance(module, Bottleneck):
             raise ValueError(f"model has a routed layer already ({name}): detach it first")
     targets = find_targets(model, config)
-    before = _Before(saved=modules_to_save(model, config, targets))
-    built = [build(model, target, config, context) for target in targets]
+    before = _Before(saved=saved(model, config, targets))
+    builder = Builder(model, config, context, options)
+    built = [builder.build(target) for target in targets]
     widths = {layer.d for _, layer in built}
     projector = build_projector(model, config, widths, context, targets[0].module)
+
+    before.hooks = follow(model, config, targets, context)
 
     # Nothing is refused from here on.
     before.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -249,6 +289,9 @@ def _attach(model: nn.Module, config: RoutedConfig, context: RoutingContext) -> 
         context.projector = projector
         model.add_module(PROJECTOR, projector)
     layers = {t.names[0]: layer for t, (_, layer) in zip(targets, built, strict=True)}
+    # expand alone loses launches: the vector of ones beside x_v is then made in torch
+    when = "layer" if project == "auto" and config.route == "expand" else project
+    context.together.add(dict.fromkeys(layers.values()), when)
     return Attached(model, config, context, layers, projector, before)
 
 

@@ -1,90 +1,134 @@
 """From a configuration and a target to the module that takes its place."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from .bases import hidden_width, weight_kind
+from .bottleneck import Bottleneck
 from .config import RoutedConfig
 from .context import RoutingContext, VisualProjector
-from .modules import (
-    AdaptedModule,
-    Bottleneck,
-    RoutedAdapter,
-    RoutedLinear,
-    base_features,
-    weight_kind,
-)
-from .targets import Target, is_causal, is_named
+from .modules import AdaptedModule, RoutedAdapter, RoutedLinear
+from .targets import Target, block_of, is_causal
 
 PROJECTOR = "visual_projector"
 
 
-def build(
-    model: nn.Module, target: Target, config: RoutedConfig, context: RoutingContext
-) -> tuple[nn.Module, Bottleneck]:
-    """(what replaces the target, the routed layer in it).
+@dataclass
+class Builder:
+    """Makes the layers of one model.
 
-    Raises:
-        ValueError: the target cannot be adapted; the message names it.
+    Args:
+        options: arguments of the layers that no checkpoint records: impl, recompute.
     """
-    name = target.names[0]
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(
-            f"target {name}: nn.MultiheadAttention reads its weight and never calls it; adapt the "
-            "attention as a whole (host 'adapter'), or use a model with separate projections"
+
+    model: nn.Module
+    config: RoutedConfig
+    context: RoutingContext
+    options: dict[str, Any]
+    _shared: dict[str, RoutedAdapter] = field(default_factory=dict)
+
+    def build(self, target: Target) -> tuple[nn.Module, Bottleneck]:
+        """(what replaces the target, the routed layer in it).
+
+        Raises:
+            ValueError: the target cannot be adapted; the message names it.
+        """
+        name = target.names[0]
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"target {name}: nn.MultiheadAttention reads its weight and never calls it; adapt "
+                "the attention as a whole (host 'adapter'), or use a model with separate "
+                "projections"
+            )
+        self._refuse_future(name)
+        try:
+            module, layer = _HOSTS[self.config.host](self, target)
+        except ValueError as error:
+            raise ValueError(f"target {name}: {error}") from None
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # In evaluation it would read the weight too; it calls its modules if one has a hook.
+            module.register_forward_pre_hook(_called)
+        module.training = layer.training = target.module.training
+        return module, layer
+
+    def _refuse_future(self, name: str) -> None:
+        config = self.config
+        reads = {
+            f"route={config.route!r}": config.routing().route.scores == "text",
+            "routed_by='text'": config.routed_by == "text",
+        }
+        for setting, reads_all in reads.items():
+            if reads_all and is_causal(self.model, name):
+                raise ValueError(
+                    f"{setting} lets a token see later ones: refused for {name}, which is part of "
+                    "a decoder"
+                )
+
+    def _linear(self, target: Target) -> tuple[nn.Module, Bottleneck]:
+        config = self.config
+        layer = RoutedLinear(
+            target.module,
+            config.r,
+            config.alpha,
+            adapted=config.adapted,
+            of=config.of,
+            **self._common(),
         )
-    if config.routing().route.scores == "text" and is_causal(model, name):
-        raise ValueError(
-            f"route={config.route!r} lets a token see later ones: refused for {name}, which is "
-            "part of a decoder"
-        )
-    try:
-        module, layer = _HOSTS[config.host](target.module, config, context)
-    except ValueError as error:
-        raise ValueError(f"target {name}: {error}") from None
-    layer.label = name
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        # In evaluation it would read the weight too; it calls its modules if one has a hook.
-        module.register_forward_pre_hook(_called)
-    module.training = layer.training = target.module.training
-    return module, layer
+        layer.label = target.names[0]
+        return layer, layer
+
+    def _adapter(self, target: Target) -> tuple[nn.Module, Bottleneck]:
+        config, module, name = self.config, target.module, target.names[0]
+        block = block_of(name, config.layers_pattern)
+        place = name if config.share == "none" else block
+        if place is None:
+            raise ValueError("share='block', but its name has no layer index")
+        width = hidden_width(module, config.position, self.model)
+        adapter = self._shared.get(place)
+        if adapter is None:
+            adapter = self._shared[place] = RoutedAdapter(
+                width,
+                config.r,
+                activation=config.activation,
+                bias=config.bias,
+                residual=config.residual,
+                norm=config.norm,
+                **self._common(),
+                **weight_kind(_with_weight(module)),
+            )
+            adapter.label = place
+        if adapter.d != width:
+            raise ValueError(f"share='block', but {place} has targets {adapter.d} and {width} wide")
+        return AdaptedModule(module, adapter, config.position), adapter
+
+    def _common(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "route": config.routing(),
+            "inner_rank": config.inner_rank,
+            "routed_by": "text" if config.routed_by == "text" else "image",
+            "dropout": config.dropout,
+            "context": self.context,
+            **self.options,
+        }
 
 
-def _linear(
-    base: nn.Module, config: RoutedConfig, context: RoutingContext
-) -> tuple[nn.Module, Bottleneck]:
-    layer = RoutedLinear(
-        base,
-        config.r,
-        config.alpha,
-        config.routing(),
-        adapted=config.adapted,
-        of=config.of,
-        dropout=config.dropout,
-        context=context,
-    )
-    return layer, layer
+_HOSTS = {"lora": Builder._linear, "adapter": Builder._adapter}
 
 
-def _adapter(
-    base: nn.Module, config: RoutedConfig, context: RoutingContext
-) -> tuple[nn.Module, Bottleneck]:
-    adapter = RoutedAdapter(
-        base_features(base)[1],
-        config.r,
-        config.routing(),
-        config.activation,
-        bias=config.bias,
-        residual=config.residual,
-        dropout=config.dropout,
-        context=context,
-        **weight_kind(base),
-    )
-    return AdaptedModule(base, adapter), adapter
+def _with_weight(module: nn.Module) -> object:
+    """What tells device and dtype: the module, or the first parameter inside it."""
+    if getattr(module, "weight", None) is not None:
+        return module
+    return _Weight(next(module.parameters(), None))
 
 
-_HOSTS = {"lora": _linear, "adapter": _adapter}
+@dataclass
+class _Weight:
+    weight: nn.Parameter | None
 
 
 def _called(*_: Any) -> None:
@@ -113,29 +157,3 @@ def build_projector(
     projector = VisualProjector(config.visual_width, widths)
     projector.requires_grad_(config.projector == "trainable").train(model.training)
     return projector.to(**weight_kind(like))
-
-
-def modules_to_save(
-    model: nn.Module, config: RoutedConfig, targets: list[Target]
-) -> dict[str, Tensor]:
-    """Copies of every parameter and buffer in modules_to_save, by name in the model.
-
-    Raises:
-        ValueError: a name that no module has, or a module with a target in it.
-    """
-    saved: dict[str, Tensor] = {}
-    targeted = {name for target in targets for name in target.names}
-    missed = set(config.modules_to_save)
-    for name, module in model.named_modules():
-        matching = {item for item in config.modules_to_save if is_named(name, (item,))}
-        if not matching:
-            continue
-        missed -= matching
-        inside = [t for t in targeted if t == name or t.startswith(f"{name}.")]
-        if inside:
-            raise ValueError(f"modules_to_save has {name}, in which {inside[0]} is a target")
-        state = module.state_dict(keep_vars=True)
-        saved |= {f"{name}.{key}": value.detach().clone() for key, value in state.items()}
-    if missed:
-        raise ValueError(f"modules_to_save: no module is called {', '.join(sorted(missed))}")
-    return saved

@@ -39,3 +39,10 @@ def probability(argument: str, given: Any) -> float:
     if not 0.0 <= finite(argument, given) < 1.0:
         raise ValueError(f"{argument} must be in [0, 1), got {given!r}")
     return float(given)
+
+
+def truth(argument: str, given: Any) -> bool:
+    """True or False; ValueError for anything else."""
+    if not isinstance(given, bool):
+        raise ValueError(f"{argument} must be True or False, got {given!r}")
+    return given

@@ -1,10 +1,11 @@
 """What `attach` is told, as one value, and how a checkpoint's adapter_config.json spells it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from .checks import finite, one_of, probability, whole
+from .checks import finite, one_of, probability, truth, whole
+from .modules import NORMS, POSITIONS
 from .reference import ACTIVATIONS
 from .routes import ROUTES, Route
 from .routing import Routing
@@ -31,21 +32,36 @@ HOSTS = {
     "lora": Host(
         "ROUTED_LORA",
         settings=("alpha", "adapted", "of"),
-        tensors={"A": "lora_A.weight", "B": "lora_B.weight"},
+        tensors={
+            "A": "lora_A.weight",
+            "U": "lora_U.weight",
+            "A_v": "lora_A_v.weight",
+            "U_v": "lora_U_v.weight",
+            "B": "lora_B.weight",
+        },
         spelling={"alpha": "lora_alpha", "dropout": "lora_dropout"},
     ),
     "adapter": Host(
         "ROUTED_ADAPTER",
-        settings=("activation", "bias", "residual"),
+        settings=("activation", "bias", "residual", "norm", "position", "share"),
         tensors={
             "A": "adapter_A.weight",
             "b_A": "adapter_A.bias",
+            "U": "adapter_U.weight",
+            "A_v": "adapter_A_v.weight",
+            "U_v": "adapter_U_v.weight",
             "B": "adapter_B.weight",
             "b_B": "adapter_B.bias",
+            "norm_weight": "adapter_norm.weight",
+            "norm_bias": "adapter_norm.bias",
         },
     ),
 }
 PROJECTORS = ("trainable", "frozen")
+ROUTED_BY = ("image", "text", "encoder")
+SHARES = ("none", "block")
+# What of the model itself may train: see `freezing.trained`.
+TRAIN = ("host_bias", "norms", "pooler", "head")
 
 # Settings in which a checkpoint may differ from the model it is loaded into: how it was trained,
 # and where layers sit, which the names of their tensors tell.
@@ -56,6 +72,7 @@ MAY_DIFFER = (
     "layers_to_transform",
     "layers_pattern",
     "modules_to_save",
+    "train",
 )
 
 # Keys of adapter_config.json that describe the file or the base, or that PEFT writes for any LoRA.
@@ -82,19 +99,31 @@ class RoutedConfig:
         target_modules: a regular expression that the whole name of a module must match, or a
             sequence of names and suffixes ("query" stands for every "….query").
         host: "lora", a `RoutedLinear` in place of each target; "adapter", a `RoutedAdapter` after
-            each target.
+            or before each target.
         r: rank.
+        inner_rank: None, one down-projection for text and image; or the inner rank, for each
+            adapted segment, of a down-projection of each.
         route, transpose, segments, pool, normalize: as in `Routing`.
+        routed_by: "image", the features that the context is given; "text", the mean of each layer's
+            own input over valid tokens, refused in decoders, where it would read the future;
+            "encoder", the mean of the encoder's states, for layers of the decoder of a Hugging Face
+            encoder-decoder model. The last two take their masks from the model's own calls.
         dropout: on the inputs of the down-projection, in training mode.
         layers_to_transform: indices of the layers in which targets count; None: all. The index is
             the first number in a module's name, or the one after `layers_pattern`.
         layers_pattern: name or names before the layer index, such as "layers" or "h".
         modules_to_save: names or suffixes of modules that stay trainable and are saved too.
+        train: what else of the model trains and is saved: "host_bias", the biases of the targets;
+            "norms", the layer norms of every block with a target; "pooler" and "head", of a Hugging
+            Face model. Everything else is frozen.
         visual_width: width of the features given to the context, where it differs from the
             targets' width: a projector is added. None: features have the targets' width.
         projector: "trainable" or "frozen".
         alpha, adapted, of: of `RoutedLinear` (host "lora"); alpha None: r.
-        activation, bias, residual: of `RoutedAdapter` (host "adapter").
+        activation, bias, residual, norm: of `RoutedAdapter` (host "adapter").
+        position: the adapter stands "after" or "before" its target. Targets that are layer norms
+            give the positions before and after a norm.
+        share: "none", an adapter for each target; "block", one for all targets of a layer index.
 
     Raises:
         ValueError: a value that is not accepted, or one that belongs to the other host.
@@ -103,15 +132,18 @@ class RoutedConfig:
     target_modules: str | Sequence[str]
     host: str = "lora"
     r: int = 8
+    inner_rank: int | None = None
     route: str = "mul"
     transpose: str = "exact"
     segments: str = "per_group"
     pool: str = "mean"
     normalize: str = "none"
+    routed_by: str = "image"
     dropout: float = 0.0
     layers_to_transform: Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     modules_to_save: Sequence[str] = ()
+    train: Sequence[str] = ()
     visual_width: int | None = None
     projector: str = "trainable"
     alpha: float | None = None
@@ -120,6 +152,9 @@ class RoutedConfig:
     activation: str = "gelu"
     bias: bool = True
     residual: bool = True
+    norm: str = "none"
+    position: str = "after"
+    share: str = "none"
 
     def __post_init__(self) -> None:
         one_of("host", self.host, HOSTS)
@@ -134,9 +169,18 @@ class RoutedConfig:
             raise ValueError("layers_pattern is given without layers_to_transform")
         if self.host == "lora" and self.alpha is None:
             object.__setattr__(self, "alpha", float(self.r))
-        one_of("projector", self.projector, PROJECTORS)
-        one_of("activation", self.activation, ACTIVATIONS)
-        self.routing()
+        for name, accepted in NAMED.items():
+            one_of(name, getattr(self, name), accepted)
+        for item in self.train:
+            one_of("train", item, TRAIN)
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        takes = self.routing().route.takes
+        if takes == "nothing" and (self.inner_rank is not None or self.routed_by != "image"):
+            raise ValueError(f"inner_rank and routed_by have no meaning for route={self.route!r}")
+        if self.routed_by != "image" and self.visual_width is not None:
+            raise ValueError(f"visual_width has no meaning for routed_by={self.routed_by!r}")
 
     def routing(self) -> Routing:
         """The route in its modes."""
@@ -196,12 +240,6 @@ def identity_of(written: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in written.items() if k not in exempt and k not in DESCRIPTIVE}
 
 
-def _truth(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
 def _names(name: str, value: Any) -> tuple[str, ...]:
     items = () if value is None else value
     if isinstance(items, str) or not isinstance(items, Iterable):
@@ -230,20 +268,31 @@ def _route(name: str, value: Any) -> str:
     return str(value)
 
 
+NAMED: dict[str, Collection[str]] = {
+    "projector": PROJECTORS,
+    "activation": ACTIVATIONS,
+    "norm": NORMS,
+    "position": POSITIONS,
+    "share": SHARES,
+    "routed_by": ROUTED_BY,
+}
+
 ACCEPT: dict[str, Any] = {
     "target_modules": _pattern,
     "r": whole,
+    "inner_rank": lambda n, value: None if value is None else whole(n, value),
     "route": _route,
     "dropout": probability,
     "layers_to_transform": lambda n, value: None if value is None else _indices(n, value),
     "layers_pattern": _pattern,
     "modules_to_save": _names,
+    "train": _names,
     "visual_width": lambda n, value: None if value is None else whole(n, value),
     "alpha": lambda n, value: None if value is None else finite(n, value),
     "adapted": _indices,
     "of": whole,
-    "bias": _truth,
-    "residual": _truth,
+    "bias": truth,
+    "residual": truth,
 }
 
 

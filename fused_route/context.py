@@ -1,122 +1,18 @@
-"""How the image reaches the layers: a routing input, and the holder that attached layers share."""
+"""How the image reaches the layers: the holder that they share, a projector in front of it."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-INDEX_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)  # signed: −1 marks padding
+from .routing_input import RoutingInput, masked_mean
+from .together import Projected, Together
 
-
-@dataclass(frozen=True)
-class RoutingInput:
-    """What the hidden states are routed with.
-
-    Args:
-        x_r: (B, Nv, d) features, usually of the image, one set per sample; (B, d) means Nv = 1.
-        mask: (B, Nv) bool, True where a visual token is valid; None: all are.
-        sample_index: (M,) integers, for packed sequences: the sample that each of the M rows of
-            x_h belongs to, non-decreasing; −1 marks padding rows, which pass unrouted (z = x_t).
-
-    From sample_index follow `offsets` (B + 1,): the rows of sample b, and the padding after them
-    (before the first sample too), lie in offsets[b]:offsets[b + 1]; `longest`, the most rows of a
-    sample; and `row_sample` (M,) int32: the sample b of a row, or −1 − b for padding.
-
-    Raises:
-        ValueError: shapes or values other than these.
-    """
-
-    x_r: Tensor
-    mask: Tensor | None = None
-    sample_index: Tensor | None = None
-    offsets: Tensor | None = field(init=False, default=None)
-    row_sample: Tensor | None = field(init=False, default=None)
-    longest: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.x_r, Tensor) or not self.x_r.is_floating_point():
-            given = self.x_r.dtype if isinstance(self.x_r, Tensor) else type(self.x_r).__name__
-            raise ValueError(f"x_r must be a floating-point tensor, got {given}")
-        if self.x_r.dim() == 2:
-            object.__setattr__(self, "x_r", self.x_r.unsqueeze(1))
-        if self.x_r.dim() != 3 or self.x_r.shape[1] == 0:
-            raise ValueError(
-                f"x_r must be (B, Nv, d) with Nv ≥ 1, or (B, d); got {tuple(self.x_r.shape)}"
-            )
-        for name in ("mask", "sample_index"):
-            given = getattr(self, name)
-            if not isinstance(given, (Tensor, type(None))):
-                raise ValueError(f"{name} must be a tensor, got {type(given).__name__}")
-        if self.mask is not None:
-            self._check_mask(self.mask)
-            # what a masked token holds, NaN included, must not reach dA = … + gx_vᵀ x_r
-            x_r = self.x_r.masked_fill(~self.mask.unsqueeze(-1), 0.0)
-            object.__setattr__(self, "x_r", x_r)
-        if self.sample_index is not None:
-            self._find_rows(self.sample_index)
-
-    def _check_mask(self, mask: Tensor) -> None:
-        if mask.dtype != torch.bool or mask.shape != self.x_r.shape[:2]:
-            raise ValueError(
-                f"mask must be bool (B, Nv) = {tuple(self.x_r.shape[:2])}, "
-                f"got {mask.dtype} {tuple(mask.shape)}"
-            )
-
-    def _find_rows(self, sample_index: Tensor) -> None:
-        if sample_index.dim() != 1 or sample_index.dtype not in INDEX_DTYPES:
-            raise ValueError(
-                f"sample_index must be integers (M,), got {sample_index.dtype} "
-                f"{tuple(sample_index.shape)}"
-            )
-        B = self.x_r.shape[0]
-        samples = torch.arange(B + 1, device=sample_index.device)
-        latest = sample_index.long().cummax(0).values  # padding belongs to the sample before it
-        decreasing = ((sample_index < latest) & (sample_index != -1)).any()
-        outside = (sample_index < -1).any() | (latest[-1:] >= B).any()
-        if B == 0 and sample_index.numel():
-            raise ValueError(f"x_r has no samples, sample_index has {sample_index.numel()} rows")
-        if bool(decreasing | outside):
-            raise ValueError(
-                f"sample_index must be non-decreasing, from 0 to B − 1 = {B - 1}, or −1 for "
-                f"padding rows; got values from {int(sample_index.min())} to "
-                f"{int(sample_index.max())}, {'not ' if decreasing else ''}in order"
-            )
-        latest = latest.clamp_min(0)
-        offsets = torch.searchsorted(latest, samples)
-        row_sample = torch.where(sample_index < 0, -1 - latest, latest).int()
-        object.__setattr__(self, "offsets", offsets)
-        object.__setattr__(self, "row_sample", row_sample)
-        object.__setattr__(self, "longest", int(offsets.diff().max()) if B else 0)
-
-    @property
-    def batch_size(self) -> int:
-        """B."""
-        return self.x_r.shape[0]
-
-    @property
-    def width(self) -> int:
-        """d."""
-        return self.x_r.shape[-1]
-
-    def repeated(self, beams: int) -> "RoutingInput":
-        """Every sample `beams` times in a row, as beam search expands a batch.
-
-        Raises:
-            ValueError: packed sequences, which have no batch axis to expand.
-        """
-        if self.sample_index is not None:
-            raise ValueError("sample_index is given: packed sequences cannot be expanded to beams")
-        mask = None if self.mask is None else self.mask.repeat_interleave(beams, 0)
-        return RoutingInput(self.x_r.repeat_interleave(beams, 0), mask)
-
-    def of(self, x_r: Tensor) -> "RoutingInput":
-        """The same samples, valid tokens and rows with other features (B, Nv, d')."""
-        other = copy(self)  # checked already: sample_index would cost a device synchronisation
-        object.__setattr__(other, "x_r", x_r)
-        return other
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class VisualProjector(nn.Module):
@@ -145,6 +41,38 @@ class VisualProjector(nn.Module):
         return {self.visual_width: x, **projected}
 
 
+class Held(NamedTuple):
+    """What a context holds in one thread.
+
+    Args:
+        inputs: routing inputs by width.
+        text_mask: which text tokens count where layers pool their own input; "all"; None: not set.
+        projected: x_v by the slots of layers, where the context projected them together.
+        task: the backward pass in which this was set, -1 outside of any.
+    """
+
+    inputs: Mapping[int, RoutingInput]
+    text_mask: Tensor | str | None
+    projected: dict[int, Projected]
+    task: int
+
+
+def nothing() -> Held:
+    """What a context holds at first."""
+    return Held({}, None, {}, -1)
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.held = nothing()
+        self.before: list[Held] = []
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that this thread is in, -1 outside of any."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
 class RoutingContext:
     """Holds the routing input for the layers that share it: a plain object, not a module.
 
@@ -153,91 +81,194 @@ class RoutingContext:
         with context.using(image_features):
             loss = model(input_ids).loss
 
+    Each thread sees what it set itself. Copying or pickling a context (with the model that holds
+    it) leaves the routing input behind.
+
     Args:
         projector: applied to x_r whenever it is set: once, not once per layer.
-
-    Copying or pickling a context (with the model that holds it) leaves the routing input behind.
     """
 
     def __init__(self, projector: VisualProjector | None = None) -> None:
         self.projector = projector
-        self._inputs: Mapping[int, RoutingInput] = {}
+        self.together = Together()
+        self._thread = _OfThread()
 
-    def set(self, x_r: Tensor | RoutingInput) -> None:
+    def set(
+        self, x_r: Tensor | RoutingInput | None = None, *, text_mask: Tensor | str | None = None
+    ) -> None:
         """Sets the routing input from now on, until `clear` or the end of a `using` around it.
 
         A projector runs here, once: to train it, set the routing input anew for each backward.
 
+        Args:
+            x_r: features (B, Nv, d) or (B, d), or a `RoutingInput`; None: as it was.
+            text_mask: for layers that are routed by their own text: (B, T), true or 1 where a token
+                is valid, or "all"; None: as it was.
+
         Raises:
-            ValueError: not a valid `RoutingInput`, or of a width the projector does not take.
+            ValueError: neither is given, not a valid `RoutingInput`, or one of a width that the
+                projector does not take, or no mask.
         """
+        held = self._thread.held._replace(task=backward_pass())
+        if x_r is None and text_mask is None:
+            raise ValueError("x_r is missing: give features, a RoutingInput or text_mask")
+        if text_mask is not None:
+            held = held._replace(text_mask=_checked_mask(text_mask))
+        if x_r is not None:
+            inputs = self._by_width(x_r)
+            held = held._replace(inputs=inputs, projected=self.together.project(inputs))
+        self._thread.held = held
+
+    def _by_width(self, x_r: Tensor | RoutingInput) -> Mapping[int, RoutingInput]:
         given = x_r if isinstance(x_r, RoutingInput) else RoutingInput(x_r)
+        if given.x_v is not None or given.operand is not None:
+            raise ValueError("x_v and operand belong to one layer, a context serves many: give x_r")
         if self.projector is None:
-            self._inputs = {given.width: given}
-            return
+            return {given.width: given}
         if given.width != self.projector.visual_width:
             raise ValueError(
                 f"x_r has width {given.width}; the projector was built for visual_width="
                 f"{self.projector.visual_width}"
             )
-        by_width = self.projector(given.x_r)
-        self._inputs = {width: given.of(x) for width, x in by_width.items()}
+        return {width: given.of(x) for width, x in self.projector(given.x_r).items()}
 
     def clear(self) -> None:
         """Forgets the routing input: routed layers then refuse to run."""
-        self._inputs = {}
+        self._thread.held = nothing()
 
     def get(self, width: int, layer: str) -> RoutingInput:
         """The routing input for a layer of this width.
 
         Raises:
             ValueError: none is set, or none of this width.
+            RuntimeError: a checkpointed block is recomputed without its routing input.
         """
-        if not self._inputs:
+        inputs = self._now(layer).inputs
+        if not inputs:
             raise ValueError(
                 f"{layer} has no routing input: run the model inside `with context.using(x_r):`, "
                 "or have the model's forward call context.set(x_r)"
             )
-        if width not in self._inputs:
-            offered = ", ".join(map(str, self._inputs))
+        if width not in inputs:
+            offered = ", ".join(map(str, inputs))
             raise ValueError(
                 f"{layer} takes x_r of width {width}; the context holds {offered}. Give attach() "
                 "visual_width, so that it adds a projector, or project the features yourself"
             )
-        return self._inputs[width]
+        return inputs[width]
+
+    def pooled(self, x_h: Tensor, layer: str) -> RoutingInput:
+        """The routing input of a layer that is routed by its own text: the mean of x_h (B, T, d).
+
+        Raises:
+            ValueError: no text_mask is set, or one of other tokens.
+            RuntimeError: as in `get`.
+        """
+        mask = self._now(layer).text_mask
+        if mask is None:
+            raise ValueError(
+                f"{layer} is routed by its own text and does not know which tokens are padding: "
+                "run the model inside `with context.using(text_mask=attention_mask):`, or "
+                "text_mask='all'"
+            )
+        try:
+            return RoutingInput(masked_mean(x_h, mask if isinstance(mask, Tensor) else None))
+        except ValueError as error:
+            raise ValueError(f"{layer}, routed by its own text: {error}") from None
+
+    def projected(self, slot: int) -> Projected | None:
+        """What the context projected for the layer in this slot, if it did."""
+        return self._thread.held.projected.get(slot)
+
+    def taken(self, slot: int) -> None:
+        """That x_v is used up: the layer's next call projects by itself."""
+        self._thread.held.projected.pop(slot, None)
+
+    def _now(self, layer: str) -> Held:
+        held = self._thread.held
+        if held.task != backward_pass():
+            raise RuntimeError(
+                f"{layer} is recomputed in a backward pass without the routing input of its "
+                "forward, which may have been another: turn checkpointing on with "
+                "attached.checkpoint_activations(), pass context_fn=context.checkpoint_contexts, "
+                "or, with use_reentrant=True, checkpoint context.captured(function)"
+            )
+        return held
 
     @contextmanager
-    def using(self, x_r: Tensor | RoutingInput) -> Iterator[None]:
-        """Sets the routing input for a block of code; what was set before returns after it."""
-        before = self._inputs
-        self.set(x_r)
+    def using(
+        self, x_r: Tensor | RoutingInput | None = None, *, text_mask: Tensor | str | None = None
+    ) -> Iterator[None]:
+        """`set` for a block of code; what was set before returns after it."""
+        self.push()
         try:
+            self.set(x_r, text_mask=text_mask)
             yield
         finally:
-            self._inputs = before
+            self.pop()
+
+    def push(self) -> None:
+        """Keeps what is set now until the `pop` that belongs to it: `using` for hooks."""
+        self._thread.before.append(self._thread.held)
+
+    def pop(self) -> None:
+        """Sets again what was set at the last `push`."""
+        self._thread.held = self._thread.before.pop()
 
     def checkpoint_contexts(
         self,
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """The `context_fn` of `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`.
 
-        Captures the routing input at forward and restores it at recompute. Without it, a forward
-        with another image before the backward makes the recomputed gradients wrong, or the
-        recompute fails for want of a routing input.
+        Captures the routing input at forward and restores it at recompute. Without it the
+        recompute, which could meet another image, is refused.
         """
-        return nullcontext(), self._restoring(self._inputs)
+        held = self._thread.held
+        return self._restoring(held), self._restoring(held)
+
+    def captured(self, function: Callable[P, T]) -> Callable[P, T]:
+        """The function, always run with the routing input that is set now.
+
+        For `checkpoint(context.captured(block), x, use_reentrant=True)`, which has no context_fn.
+        It goes backward once for each block, so that nothing before the blocks, such as a trained
+        projector, may need a gradient from several of them: torch then raises a RuntimeError.
+        """
+        held = self._thread.held
+
+        def run(*args: P.args, **kwargs: P.kwargs) -> T:
+            with self._restoring(held):
+                return function(*args, **kwargs)
+
+        return run
 
     @contextmanager
-    def _restoring(self, inputs: Mapping[int, RoutingInput]) -> Iterator[None]:
-        before, self._inputs = self._inputs, inputs
+    def _restoring(self, held: Held) -> Iterator[None]:
+        before = self._thread.held
+        # What was projected together is outside of the block: a recompute would find no product.
+        self._thread.held = held._replace(projected={}, task=backward_pass())
         try:
             yield
         finally:
-            self._inputs = before
+            self._thread.held = before
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_inputs": {}}
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._thread = _OfThread()
 
     def __repr__(self) -> str:
-        held = {width: tuple(given.x_r.shape) for width, given in self._inputs.items()}
+        inputs = self._thread.held.inputs
+        held = {width: tuple(given.x_r.shape) for width, given in inputs.items()}
         return f"RoutingContext({held or 'empty'})"
+
+
+def _checked_mask(text_mask: Tensor | str) -> Tensor | str:
+    is_mask = isinstance(text_mask, Tensor) and text_mask.dim() == 2
+    if not is_mask and not (isinstance(text_mask, str) and text_mask == "all"):
+        given = (
+            tuple(text_mask.shape) if isinstance(text_mask, Tensor) else type(text_mask).__name__
+        )
+        raise ValueError(f"text_mask must be a tensor (B, T) or 'all', got {given}")
+    return text_mask

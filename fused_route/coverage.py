@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .context import RoutingInput
 from .reference import Dropout
 from .routes import ROUTES
 from .routing import Routing
+from .routing_input import RoutingInput
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_R = 256  # as in kernels/config.py, which is not imported for a question
@@ -77,8 +77,10 @@ def obstacle(
         tensors = {name: tensors[name] for name in ("x_h", "A")}
     elif torch._C._are_functorch_transforms_active():
         return "torch.func transforms need derivatives of any order"
-    x_r = None if routing_input is None else routing_input.x_r
-    for name, tensor in {**tensors, "x_r": x_r}.items():
+    image = {}
+    if routing_input is not None:
+        image = {"x_r": routing_input.x_r, "x_v": routing_input.x_v}
+    for name, tensor in {**tensors, **image}.items():
         if tensor is None:
             continue
         if not torch.compiler.is_compiling() and type(tensor) not in (Tensor, Parameter):

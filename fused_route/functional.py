@@ -9,10 +9,10 @@ from torch import Tensor
 from . import fused, known, reference
 from .arguments import as_routing_input, check_adapter, check_linear
 from .checks import finite, one_of, probability
-from .context import RoutingInput
 from .reference import ACTIVATIONS, NO_DROPOUT, Dropout
 from .routes import Route
 from .routing import Routing, as_routing
+from .routing_input import RoutingInput
 
 Impl = Literal["auto", "reference", "triton"]
 IMPLS = ("auto", "reference", "triton")
@@ -41,8 +41,8 @@ def routed_linear(
         x_h: (B, …, d) hidden states; with packed sequences, M rows of any shape (…, d).
         A: (R, d) down-projection, R = g·r for g adapted segments; the same for x_h and x_r.
         B: (g·n, r) up-projection, segment by segment.
-        x_r: (B, Nv, d) or (B, d) routing input; a `RoutingInput` adds a mask of valid tokens or
-            packed sequences. Not needed by route "none".
+        x_r: (B, Nv, d) or (B, d) routing input; a `RoutingInput` adds a mask of valid tokens,
+            packed sequences, or what was made of x_r already. Not needed by route "none".
         weight, bias: of the base, (of·n, d) and (of·n,); or
         base_out: (…, of·n), what a base of your own made of x_h.
         route: a name in `ROUTES`, a `Route`, or a `Routing` (a route in given modes).
@@ -156,6 +156,9 @@ def _masks(dropout: float | Dropout, x_h: Tensor, given: RoutingInput | None) ->
     """Masks for this call: one for x_h, drawn first, and one for x_r."""
     if isinstance(dropout, Dropout):
         x_r = None if given is None else given.x_r
+        is_raw = given is None or (given.x_v is None and given.operand is None)
+        if dropout.keep_r is not None and not is_raw:
+            raise ValueError("keep_r is given, and x_v or operand, which x_r has become already")
         for name, keep, x in (("keep_h", dropout.keep_h, x_h), ("keep_r", dropout.keep_r, x_r)):
             if keep is not None and x is not None and keep.shape != x.shape:
                 raise ValueError(f"{name} must be {tuple(x.shape)}, got {tuple(keep.shape)}")
@@ -163,7 +166,9 @@ def _masks(dropout: float | Dropout, x_h: Tensor, given: RoutingInput | None) ->
     if probability("dropout", dropout) == 0.0:
         return NO_DROPOUT
     keep_h = _keep(x_h, dropout)
-    return Dropout(dropout, keep_h, None if given is None else _keep(given.x_r, dropout))
+    if given is None or given.x_v is not None or given.operand is not None:
+        return Dropout(dropout, keep_h, None)
+    return Dropout(dropout, keep_h, _keep(given.x_r, dropout))
 
 
 def _keep(x: Tensor, p: float) -> Tensor:

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from . import autograd, coverage, ops
 from .checks import probability
-from .context import RoutingInput
 from .dropout import draw_seed
 from .fusion import OF_ONE_VECTOR, Fusion, owns_image
 from .ops import Inputs
 from .plan import Plan
-from .reference import NO_DROPOUT, Dropout, grouped
+from .reference import NO_DROPOUT, Dropout, image_operand
 from .routes import Operand
 from .routing import Routing
+from .routing_input import RoutingInput
 
 T = TypeVar("T", Tensor, Tensor | None)
 
@@ -106,7 +106,9 @@ def prepare(
     if given is not None:
         first, image, u = routing.route.first, "operand", "plain"
         is_masked = given.mask is not None
-        if owns_image(routing, given.x_r.shape[1], is_masked=is_masked, drops=dropout > 0.0):
+        is_raw = given.x_v is None and given.operand is None
+        Nv, drops = given.x_r.shape[1], dropout > 0.0
+        if is_raw and owns_image(routing, Nv, is_masked=is_masked, drops=drops):
             image, (mix, u, w) = "owned", OF_ONE_VECTOR[routing.route.name]
     fusion = Fusion(
         mix, u, w, first, 1 if routing.segments == "joint" else len(segments), image, base,
@@ -178,13 +180,11 @@ def prepared_operand(
     given: RoutingInput, A: Tensor, b_A: Tensor | None, routing: Routing, f: Fusion
 ) -> Operand:
     """The operand as the reference computes it, from x_v in torch."""
-    x_r, keep_r = given.x_r.to(A.dtype), None
-    drop = NO_DROPOUT
-    if f.p > 0.0:
-        keep_r = torch.empty(x_r.shape, dtype=torch.bool, device=x_r.device).bernoulli_(1.0 - f.p)
-        drop = Dropout(f.p, None, keep_r)
-    x_v = drop.down(x_r, keep_r, A, b_A)
-    return routing.operand(grouped(x_v, f.groups), given.mask)
+    dropout = NO_DROPOUT
+    if f.p > 0.0 and given.x_v is None and given.operand is None:
+        keep_r = torch.empty_like(given.x_r, dtype=torch.bool).bernoulli_(1.0 - f.p)
+        dropout = Dropout(f.p, None, keep_r)
+    return image_operand(given, A, b_A, routing=routing, G=f.groups, dropout=dropout)
 
 
 def vectors(operand: Operand, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

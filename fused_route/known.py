@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .context import RoutingInput
 from .fused import Prepared, product_dtype, products
 from .reference import Dropout
+from .routing_input import RoutingInput
 
 # Emptied when full, which batches of ever new lengths bring about.
 MOST = 4096
@@ -43,6 +43,13 @@ def signature(
             x_r, index = given.x_r, given.sample_index
             rows = None if index is None else index.shape
             key += x_r.__class__, x_r.shape, x_r.dtype, x_r.device, given.mask is None, rows
+            if given.x_v is not None:
+                x_v = given.x_v
+                key += x_v.__class__, x_v.shape, x_v.dtype, x_v.device
+            if given.operand is not None:
+                key.append(given.operand.mix)
+                for t in given.operand.tensors:
+                    key += t.__class__, t.shape, t.dtype, t.device
         signature = tuple(key)
         hash(signature)
     except (AttributeError, TypeError):

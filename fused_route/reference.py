@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import probability
-from .context import RoutingInput
+from .routes import Operand
 from .routing import Routing
+from .routing_input import RoutingInput
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z,
@@ -93,9 +94,7 @@ def bottleneck(
     if routing_input is None or routing.route.takes == "nothing":
         return x_t
     G = 1 if routing.segments == "joint" else groups
-    x_r = routing_input.x_r.to(x_h.dtype)
-    x_v = dropout.down(x_r, dropout.keep_r, A, b_A)
-    operand = routing.operand(grouped(x_v, G), routing_input.mask)
+    operand = image_operand(routing_input, A, b_A, routing=routing, G=G, dropout=dropout)
     if routing_input.sample_index is None:
         B, *between, R = x_t.shape
         rows = x_t.reshape(B, math.prod(between), R)
@@ -106,6 +105,24 @@ def bottleneck(
     routed = ungrouped(routing.mix(grouped(padded, G), operand))[sample, position]
     is_padding = (routing_input.sample_index < 0).unsqueeze(-1)
     return torch.where(is_padding, rows, routed).view_as(x_t)
+
+
+def image_operand(
+    given: RoutingInput,
+    A: Tensor,
+    b_A: Tensor | None,
+    *,
+    routing: Routing,
+    G: int,
+    dropout: Dropout,
+) -> Operand:
+    """What the image becomes for G groups of columns, from as far as it has come already."""
+    if given.operand is not None:
+        return given.operand
+    x_v = given.x_v
+    if x_v is None:
+        x_v = dropout.down(given.x_r.to(A.dtype), dropout.keep_r, A, b_A)
+    return routing.operand(grouped(x_v, G), given.mask)
 
 
 def unpacked(rows: Tensor, routing_input: RoutingInput) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,7 +74,7 @@ def gain(operand: Operand, first: str = "none") -> Tensor:
 def unit(operand: Operand, first: str = "none") -> Operand:
     """The operand divided by √gain: z then has the mean square of x_t, whatever the image's scale.
 
-    gram gets ‖K‖ = √C (for Nv = 1: |x_v| = C^¼), expand and ones |x_v| = 1, mul |x_v| = √C; add,
+    gram gets ‖K‖ = √C (for Nv = 1: ‖x_v‖ = C^¼), expand and ones ‖x_v‖ = 1, mul ‖x_v‖ = √C; add,
     which cannot multiply the scale of x_t, adds a vector of unit mean square. A zero operand (all
     tokens masked) stays zero.
     """
@@ -174,23 +174,27 @@ class Routing:
             operand = self.route.prepare(pooled(x_v, mask, self.pool))
         else:
             operand = self.route.prepare(x_v)
-        self._check(operand, x_v)
+        self.check(operand, x_v.shape)
         return unit(operand, self.route.first) if self.normalize == "unit" else operand
 
-    def _check(self, operand: Operand, x_v: Tensor) -> None:
-        """A route, above all a user's own, must not mix samples or fall back on broadcasting."""
+    def check(self, operand: Operand, x_v: torch.Size) -> None:
+        """A route, above all a user's own, must not mix samples or fall back on broadcasting.
+
+        Raises:
+            ValueError: no operand, or one that does not fit x_v of this shape (B, G, Nv, C).
+        """
         if not isinstance(operand, Operand):
             raise ValueError(
                 f"route {self.route.name!r}: prepare must return identity(), shift(w), scale(w), "
                 f"rank1(u, w) or matrix(K), got {type(operand).__name__}"
             )
-        B, G, Nv, C = x_v.shape
+        B, G, Nv, C = x_v
         rows = {"matrix": (C,)}.get(operand.mix, (1, Nv) if self.transpose == "eccv24" else (1,))
         for tensor in operand.tensors:
             if tensor.shape not in [(B, G, n, C) for n in rows]:
                 raise ValueError(
                     f"route {self.route.name!r}: {operand.mix} takes (…, {rows[0]}, C) = "
-                    f"{(B, G, rows[0], C)} for x_v {tuple(x_v.shape)}, got {tuple(tensor.shape)}"
+                    f"{(B, G, rows[0], C)} for x_v {tuple(x_v)}, got {tuple(tensor.shape)}"
                 )
 
     def mix(self, x_t: Tensor, operand: Operand) -> Tensor:

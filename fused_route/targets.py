@@ -76,14 +76,20 @@ def is_named(name: str, patterns: str | Sequence[str]) -> bool:
     return any(name == item or name.endswith(f".{item}") for item in patterns)
 
 
-def layer_index(name: str, pattern: str | Sequence[str] | None) -> int | None:
-    """The index after `pattern` in a module's name, or the first number in it; None if none."""
+def block_of(name: str, pattern: str | Sequence[str] | None) -> str | None:
+    """A module's name up to the index after `pattern`, or up to its first number; None if none."""
     parts = name.split(".")
     patterns = (pattern,) if isinstance(pattern, str) else pattern
-    for before, part in zip(["", *parts], parts, strict=False):
+    for place, (before, part) in enumerate(zip(["", *parts], parts, strict=False)):
         if part.isdigit() and (patterns is None or before in patterns):
-            return int(part)
+            return ".".join(parts[: place + 1])
     return None
+
+
+def layer_index(name: str, pattern: str | Sequence[str] | None) -> int | None:
+    """The index after `pattern` in a module's name, or the first number in it; None if none."""
+    block = block_of(name, pattern)
+    return None if block is None else int(block.rpartition(".")[2])
 
 
 def is_causal(model: nn.Module, name: str) -> bool:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Each norm of a matrix (M, N) is its largest root mean square over blocks of this many rows and
-# columns, None being all: "whole" is the RMS norm, "element" the max norm. Between them, one bad
-# row, column or tile neither drowns among all elements nor hides below the largest.
+#: Each norm of a matrix (M, N) is its largest root mean square over blocks of this many rows and
+#: columns, None being all: "whole" is the RMS norm, "element" the max norm. Between them, one bad
+#: row, column or tile neither drowns among all elements nor hides below the largest.
 NORMS: dict[str, tuple[int | None, int | None]] = {
     "whole": (None, None),
     "row": (1, None),
@@ -52,7 +52,7 @@ def assert_as_good_as_eager(
     half precision, one tensor in 10 000 fails. Test several rows, and another seed before blaming.
 
     Returns:
-        The ratio ‖a‖ / (‖e‖ + ε ‖truth‖) by name, the largest over the norms: at most `factor`.
+        The ratio ‖a‖ / (‖e‖ + ε ‖truth‖) by name, the largest over the norms, at most `factor`.
 
     Raises:
         AssertionError: for the first tensor, by name, that is missing, of another shape or dtype

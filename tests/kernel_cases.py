@@ -1,5 +1,6 @@
 """One call of a routed layer, three times: by the kernels, by eager torch, and in float64."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ from cases import packed, valid_tokens
 from torch import Tensor
 
 from fused_route import Dropout, Routing, RoutingInput, routed_adapter, routed_linear
+from fused_route.bottleneck import Bottleneck
 from fused_route.fusion import owns_image
 from fused_route.ops import draw_seed, keep_mask
 from fused_route.reference import NO_DROPOUT
@@ -165,3 +167,29 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+def module_compared(
+    layer: Bottleneck, x_h: Tensor, given: Tensor | RoutingInput, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """As `compared`, of a module: outputs, and gradients of its parameters, x_h and x_r."""
+    given = given if isinstance(given, RoutingInput) else RoutingInput(given)
+    layer = copy.deepcopy(layer).to(dtype)
+    x_h, x_r = x_h.to(dtype), given.x_r.to(dtype)
+    dy = torch.randn(1)
+    results = []
+    for impl, kind in (("triton", dtype), ("reference", torch.float64), ("reference", dtype)):
+        one = copy.deepcopy(layer).to(kind)
+        one.impl = impl  # type: ignore[assignment]
+        t = {
+            name: x.to(kind, copy=True).requires_grad_() for name, x in (("x_h", x_h), ("x_r", x_r))
+        }
+        with one.context.using(given.of(t["x_r"])):
+            y = one(t["x_h"])
+        if impl == "triton":
+            dy = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
+        y.backward(dy.to(y.dtype))
+        t |= dict(one.named_parameters())
+        results.append({"y": y.detach()} | {k: v.grad for k, v in t.items() if v.grad is not None})
+    actual, truth, eager = results
+    return actual, truth, eager

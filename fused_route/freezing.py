@@ -1,0 +1,107 @@
+"""What of a model trains beside the routed layers."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from .config import RoutedConfig
+from .targets import Target, block_of, is_named
+
+
+def saved(model: nn.Module, config: RoutedConfig, targets: list[Target]) -> dict[str, Tensor]:
+    """Copies of everything of the model that trains, by name: modules_to_save and train.
+
+    Raises:
+        ValueError: a name or rule that fits nothing, or a module with a target in it.
+    """
+    copies = modules_to_save(model, config, targets)
+    for rule in config.train:
+        found = dict(_RULES[rule](model, config, targets))
+        if not found:
+            raise ValueError(f"train has {rule!r}: the model has no such parameters")
+        copies |= {name: tensor.detach().clone() for name, tensor in found.items()}
+    return copies
+
+
+def modules_to_save(
+    model: nn.Module, config: RoutedConfig, targets: list[Target]
+) -> dict[str, Tensor]:
+    """Copies of every parameter and buffer in modules_to_save, by name in the model.
+
+    Raises:
+        ValueError: a name that no module has, or a module with a target in it.
+    """
+    saved: dict[str, Tensor] = {}
+    targeted = {name for target in targets for name in target.names}
+    missed = set(config.modules_to_save)
+    for name, module in model.named_modules():
+        matching = {item for item in config.modules_to_save if is_named(name, (item,))}
+        if not matching:
+            continue
+        missed -= matching
+        inside = [t for t in targeted if t == name or t.startswith(f"{name}.")]
+        if inside:
+            raise ValueError(f"modules_to_save has {name}, in which {inside[0]} is a target")
+        state = module.state_dict(keep_vars=True)
+        saved |= {f"{name}.{key}": value.detach().clone() for key, value in state.items()}
+    if missed:
+        raise ValueError(f"modules_to_save: no module is called {', '.join(sorted(missed))}")
+    return saved
+
+
+def _host_bias(
+    model: nn.Module, config: RoutedConfig, targets: list[Target]
+) -> Iterator[tuple[str, Tensor]]:
+    for target in targets:
+        bias = getattr(target.module, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            yield f"{target.names[0]}.bias", bias
+
+
+def _norms(
+    model: nn.Module, config: RoutedConfig, targets: list[Target]
+) -> Iterator[tuple[str, Tensor]]:
+    """Of every block (a layer index with all that is inside it) that has a target."""
+    blocks = {block_of(name, config.layers_pattern) for t in targets for name in t.names}
+    for block in sorted(blocks - {None}, key=str):
+        assert block is not None
+        for name, module in model.get_submodule(block).named_modules(prefix=block):
+            if is_norm(module):
+                for key, parameter in module.named_parameters(recurse=False):
+                    yield f"{name}.{key}", parameter
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a layer norm of any kind: torch's, or one that is called so."""
+    known = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+    return known or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+
+
+def _pooler(
+    model: nn.Module, config: RoutedConfig, targets: list[Target]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "pooler":
+            yield from module.named_parameters(prefix=name)
+
+
+def _head(
+    model: nn.Module, config: RoutedConfig, targets: list[Target]
+) -> Iterator[tuple[str, Tensor]]:
+    """Of a Hugging Face model, everything outside of its base model."""
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module) or base is model:
+        return
+    inside = {id(parameter) for parameter in base.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.startswith(f"{model.base_model_prefix}."):
+            continue
+        if id(parameter) in inside:
+            raise ValueError(
+                f"train has 'head': {name} is tied to a parameter of the base model, which would "
+                "train too; untie them, or name what trains in modules_to_save"
+            )
+        yield name, parameter
+
+
+_RULES = {"host_bias": _host_bias, "norms": _norms, "pooler": _pooler, "head": _head}

@@ -1,0 +1,172 @@
+"""What hidden states are routed with: features, and what has been made of them already."""
+
+from copy import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .routes import Operand
+
+INDEX_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)  # signed: −1 marks padding
+
+
+@dataclass(frozen=True)
+class RoutingInput:
+    """What the hidden states are routed with.
+
+    Args:
+        x_r: (B, Nv, d) features, usually of the image, one set per sample; (B, d) means Nv = 1.
+        mask: (B, Nv) bool, True where a visual token is valid; None: all are.
+        sample_index: (M,) integers, for packed sequences: the sample that each of the M rows of
+            x_h belongs to, non-decreasing; −1 marks padding rows, which pass unrouted (z = x_t).
+        x_v: (B, Nv, R), what one layer's down-projection made of x_r; None: the layer projects.
+        operand: what one layer's route prepared from x_v (`Routing.operand`); None: it prepares.
+
+    From sample_index follow `offsets` (B + 1,): the rows of sample b, and the padding after them
+    (before the first sample too), lie in offsets[b]:offsets[b + 1]; `longest`, the most rows of a
+    sample; and `row_sample` (M,) int32: the sample b of a row, or −1 − b for padding.
+
+    Raises:
+        ValueError: shapes or values other than these.
+    """
+
+    x_r: Tensor
+    mask: Tensor | None = None
+    sample_index: Tensor | None = None
+    x_v: Tensor | None = None
+    operand: Operand | None = None
+    offsets: Tensor | None = field(init=False, default=None)
+    row_sample: Tensor | None = field(init=False, default=None)
+    longest: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.x_r, Tensor) or not self.x_r.is_floating_point():
+            given = self.x_r.dtype if isinstance(self.x_r, Tensor) else type(self.x_r).__name__
+            raise ValueError(f"x_r must be a floating-point tensor, got {given}")
+        if self.x_r.dim() == 2:
+            object.__setattr__(self, "x_r", self.x_r.unsqueeze(1))
+        if self.x_r.dim() != 3 or self.x_r.shape[1] == 0:
+            raise ValueError(
+                f"x_r must be (B, Nv, d) with Nv ≥ 1, or (B, d); got {tuple(self.x_r.shape)}"
+            )
+        for name in ("mask", "sample_index", "x_v"):
+            given = getattr(self, name)
+            if not isinstance(given, (Tensor, type(None))):
+                raise ValueError(f"{name} must be a tensor, got {type(given).__name__}")
+        self._check_prepared()
+        if self.mask is not None:
+            self._check_mask(self.mask)
+            # what a masked token holds, NaN included, must not reach dA = … + gx_vᵀ x_r
+            x_r = self.x_r.masked_fill(~self.mask.unsqueeze(-1), 0.0)
+            object.__setattr__(self, "x_r", x_r)
+        if self.sample_index is not None:
+            self._find_rows(self.sample_index)
+
+    def _check_prepared(self) -> None:
+        x_v, operand = self.x_v, self.operand
+        if x_v is not None and (x_v.dim() != 3 or x_v.shape[:2] != self.x_r.shape[:2]):
+            raise ValueError(
+                f"x_v must be (B, Nv, R) with (B, Nv) = {tuple(self.x_r.shape[:2])}, got "
+                f"{tuple(x_v.shape)}"
+            )
+        if operand is not None and not isinstance(operand, Operand):
+            raise ValueError(f"operand must be an Operand, got {type(operand).__name__}")
+
+    def _check_mask(self, mask: Tensor) -> None:
+        if mask.dtype != torch.bool or mask.shape != self.x_r.shape[:2]:
+            raise ValueError(
+                f"mask must be bool (B, Nv) = {tuple(self.x_r.shape[:2])}, "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+
+    def _find_rows(self, sample_index: Tensor) -> None:
+        if sample_index.dim() != 1 or sample_index.dtype not in INDEX_DTYPES:
+            raise ValueError(
+                f"sample_index must be integers (M,), got {sample_index.dtype} "
+                f"{tuple(sample_index.shape)}"
+            )
+        B = self.x_r.shape[0]
+        samples = torch.arange(B + 1, device=sample_index.device)
+        latest = sample_index.long().cummax(0).values  # padding belongs to the sample before it
+        decreasing = ((sample_index < latest) & (sample_index != -1)).any()
+        outside = (sample_index < -1).any() | (latest[-1:] >= B).any()
+        if B == 0 and sample_index.numel():
+            raise ValueError(f"x_r has no samples, sample_index has {sample_index.numel()} rows")
+        if bool(decreasing | outside):
+            raise ValueError(
+                f"sample_index must be non-decreasing, from 0 to B − 1 = {B - 1}, or −1 for "
+                f"padding rows; got values from {int(sample_index.min())} to "
+                f"{int(sample_index.max())}, {'not ' if decreasing else ''}in order"
+            )
+        latest = latest.clamp_min(0)
+        offsets = torch.searchsorted(latest, samples)
+        row_sample = torch.where(sample_index < 0, -1 - latest, latest).int()
+        object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "row_sample", row_sample)
+        object.__setattr__(self, "longest", int(offsets.diff().max()) if B else 0)
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of samples."""
+        return self.x_r.shape[0]
+
+    @property
+    def width(self) -> int:
+        """d, the width of x_r."""
+        return self.x_r.shape[-1]
+
+    def repeated(self, beams: int) -> "RoutingInput":
+        """Every sample `beams` times in a row, as beam search expands a batch.
+
+        Raises:
+            ValueError: packed sequences, which have no batch axis to expand, or what was made for
+                one layer already.
+        """
+        if self.x_v is not None or self.operand is not None:
+            raise ValueError("x_v or operand is given: repeat x_r before it is projected")
+        if self.sample_index is not None:
+            raise ValueError("sample_index is given: packed sequences cannot be expanded to beams")
+        mask = None if self.mask is None else self.mask.repeat_interleave(beams, 0)
+        return RoutingInput(self.x_r.repeat_interleave(beams, 0), mask)
+
+    def of(self, x_r: Tensor) -> "RoutingInput":
+        """The same samples, valid tokens and rows with other features (B, Nv, d')."""
+        return self._with(x_r=x_r, x_v=None, operand=None)
+
+    def projected(self, x_v: Tensor) -> "RoutingInput":
+        """The same with x_v (B, Nv, R), for the layer whose down-projection made it."""
+        return self._with(x_v=x_v)
+
+    def prepared(self, operand: Operand) -> "RoutingInput":
+        """The same with an operand, for the layer whose route prepared it."""
+        return self._with(operand=operand)
+
+    def _with(self, **values: object) -> "RoutingInput":
+        other = copy(self)  # checked already: sample_index would cost a device synchronisation
+        for name, value in values.items():
+            object.__setattr__(other, name, value)
+        return other
+
+
+def masked_mean(states: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of the states (B, T, d) over valid tokens: (B, 1, d), a routing input of text.
+
+    Args:
+        states: hidden states of a text, as a rule an encoder's.
+        mask: (B, T), true or 1 where a token is valid; None: all are. Where none is, 0.
+
+    Raises:
+        ValueError: shapes other than these.
+    """
+    if not isinstance(states, Tensor) or states.dim() != 3:
+        given = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
+        raise ValueError(f"states must be a tensor (B, T, d), got {given}")
+    if mask is None:
+        return states.sum(1, keepdim=True) / max(states.shape[1], 1)
+    if not isinstance(mask, Tensor) or mask.shape != states.shape[:2]:
+        given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask must be a tensor (B, T) = {tuple(states.shape[:2])}, got {given}")
+    valid = mask.bool().unsqueeze(-1)
+    total = states.masked_fill(~valid, 0.0).sum(1, keepdim=True)  # NaN in padding stays there
+    return total / valid.sum(1, keepdim=True).clamp_min(1).to(states.dtype)
