@@ -5,9 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 READY := $(VENV)/.ready
+SPHINX := $(BIN)/sphinx-build -q -W --keep-going -d .cache/docs/doctrees
 # Hard limits in seconds, so that a hanging part fails instead of eating the whole budget.
 LINT_BUDGET := 60
 TYPES_BUDGET := 240
+DOCS_BUDGET := 60
 TEST_BUDGET := 600
 INTERPRET_BUDGET := 720
 COMPILE_BUDGET := 720
@@ -17,13 +19,15 @@ KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py kernel_d
 	launches.py interpreter_tools.py bench_tools.py gates.py host_cost.py gpu.py \
 	bench_tune.py)
 
-.PHONY: help setup demo demo-full demo-bundle test test-all test-oldest test-pythons test-plain lint types clean
+.PHONY: help setup demo demo-full demo-bundle docs docs-built docs-current test test-all test-oldest test-pythons \
+	test-plain lint types clean
 
 help:
 	@echo "make demo       compare routes on real images, questions and weights (about 9 minutes)"
 	@echo "make demo-full  the same, longer and with 3 seeds"
 	@echo "make demo-bundle  data and weights of the demo in one file, for a machine without a network"
-	@echo "make test       lint, types, tests"
+	@echo "make docs       reference: HTML in .cache/docs/html, Markdown in docs/reference"
+	@echo "make test       lint, types, reference, tests"
 	@echo "make test-all   the slow tests too, and oldest and other versions"
 
 setup: $(READY)
@@ -51,13 +55,27 @@ lint: $(READY)
 types: $(READY)
 	timeout $(TYPES_BUDGET) $(BIN)/mypy
 
+# From scratch, because what is built already would not warn again.
+docs-built: $(READY)
+	rm -rf .cache/docs
+	timeout $(DOCS_BUDGET) $(SPHINX) -b html docs/api .cache/docs/html
+	timeout $(DOCS_BUDGET) $(SPHINX) -b markdown docs/api .cache/docs/markdown
+
+docs: docs-built
+	rm -rf docs/reference
+	cp -r .cache/docs/markdown docs/reference
+
+docs-current: docs-built
+	@diff -r docs/reference .cache/docs/markdown > /dev/null \
+		|| { echo "docs/reference is not what the docstrings say: run 'make docs' and commit it"; exit 1; }
+
 # Three kinds of process: Triton interprets kernels, or compiles them, or neither.
-test: lint types
+test: lint types docs-current
 	timeout $(TEST_BUDGET) $(BIN)/pytest -n 2 --dist loadfile --durations=5
 	TRITON_INTERPRET=1 timeout $(INTERPRET_BUDGET) $(BIN)/pytest -n 2 --durations=5 -m '(interpret or gpu) and not slow'
 	timeout $(COMPILE_BUDGET) $(BIN)/pytest --durations=5 -m 'compile and not slow'
 
-test-all: lint types test-oldest test-pythons
+test-all: lint types docs-current test-oldest test-pythons
 	timeout $(SLOW_BUDGET) $(BIN)/pytest --durations=10 -m 'not interpret and not compile'
 	TRITON_INTERPRET=1 timeout $(SLOW_BUDGET) $(BIN)/pytest -n 2 --durations=10 -m 'interpret or gpu'
 	timeout $(SLOW_BUDGET) $(BIN)/pytest --durations=10 -m compile
