@@ -16,6 +16,7 @@ from .build import PROJECTOR, Builder, build_projector
 from .checks import one_of, truth
 from .config import HOSTS, RoutedConfig, identity_of
 from .context import RoutingContext, VisualProjector
+from .fold import merge
 from .freezing import saved
 from .functional import IMPLS, Impl
 from .routing_input import RoutingInput
@@ -187,6 +188,21 @@ class Attached:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(before.requires_grad.get(name, parameter.requires_grad))
         return self.model
+
+    def merge(self) -> nn.Module:
+        """Adds the updates to the weights and takes the layers out: a plain model, for any image.
+
+        What trained beside them (modules_to_save, train) keeps its values; requires_grad is what it
+        was. The layers cannot be put back: `save` first.
+
+        Raises:
+            ValueError: as `fused_route.merge`: any route but "none", adapters, bases that are not
+                plain or tied; or detached already. Nothing is then changed.
+        """
+        before = self._attached()
+        merge(self.model)
+        before.saved, before.modules, before.buffers = {}, {}, {}
+        return self.detach()
 
     def _attached(self) -> _Before:
         if self._before is None:

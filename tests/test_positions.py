@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import DTYPES, module_compared
 from test_attach import IDS, bart, bert, gpt2
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, BertLMHeadModel
 
 from fused_route import Attached, RoutedAdapter, RoutedConfig, RoutedLinear, attach
 from fused_route.modules import AdaptedModule
+from fused_route.testing import assert_as_good_as_eager
 
 IMAGE = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
 
@@ -105,6 +107,19 @@ def test_a_norm_after_it_can_learn_from_the_identity() -> None:
     y.square().sum().backward()
     assert adapter.norm_weight is not None and adapter.norm_weight.grad is not None
     assert adapter.norm_weight.grad.any()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("norm", ["before", "after"])
+def test_norms_around_the_kernels(norm: str, residual: bool, dtype: torch.dtype) -> None:
+    adapter = RoutedAdapter(8, 3, "mul", norm=norm, residual=residual)
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    assert_as_good_as_eager(
+        *module_compared(adapter, torch.randn(3, 9, 8), torch.randn(3, 8), dtype)
+    )
 
 
 PLACES = {
