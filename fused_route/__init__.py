@@ -10,6 +10,7 @@ from .context import VisualProjector as VisualProjector
 from .fold import Folded as Folded
 from .fold import fold as fold
 from .fold import merge as merge
+from .fold import unfold as unfold
 from .functional import routed_adapter as routed_adapter
 from .functional import routed_linear as routed_linear
 from .modules import RoutedAdapter as RoutedAdapter

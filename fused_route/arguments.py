@@ -1,9 +1,11 @@
 """Checks of the tensors of a call against each other: each names the argument that does not fit."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from .checks import whole
+from .checks import autocasts, segments, shown, whole
 from .routing import Routing
 from .routing_input import RoutingInput
 
@@ -25,7 +27,9 @@ def check_linear(
         raise ValueError("give exactly one of weight and base_out")
     if bias is not None and weight is None:
         raise ValueError("bias belongs to weight; base_out has its own in it already")
-    check_tensors(x_h, A=A, B=B, weight=weight, bias=bias)
+    check_tensors(x_h, {"A": A, "B": B}, {"weight": weight, "bias": bias})
+    if base_out is not None:
+        check_base_out(x_h, base_out)
     check_routing_input(x_h, given, routing, A, len(adapted))
     width = check_base(x_h, weight, bias, base_out)
     check_segments(adapted, of, width)
@@ -42,7 +46,7 @@ def check_adapter(
     routing: Routing,
 ) -> None:
     """The tensors of `routed_adapter` fit each other; else a ValueError."""
-    check_tensors(x_h, A=A, B=B, b_A=b_A, b_B=b_B)
+    check_tensors(x_h, {"A": A, "B": B}, {"b_A": b_A, "b_B": b_B})
     check_routing_input(x_h, given, routing, A, 1)
     check_matrices(A, B, x_h.shape[-1], x_h.shape[-1], 1)
     check_bias("b_A", b_A, A.shape[0])
@@ -54,9 +58,7 @@ def check_segments(adapted: tuple[int, ...], of: int, width: int) -> None:
     whole("of", of)
     if width % of:
         raise ValueError(f"of={of} does not divide the base's {width} output columns")
-    known = range(of)
-    if not adapted or len(set(adapted)) < len(adapted) or any(i not in known for i in adapted):
-        raise ValueError(f"adapted={adapted} must be distinct segments from 0 to {of - 1}")
+    segments("adapted", adapted, of)
 
 
 def check_base(
@@ -71,12 +73,20 @@ def check_base(
         check_bias("bias", bias, weight.shape[0])
         return weight.shape[0]
     assert base_out is not None
+    return base_out.shape[-1]
+
+
+def check_base_out(x_h: Tensor, base_out: Tensor) -> None:
+    """A base's output fits x_h; else a ValueError."""
+    if not isinstance(base_out, Tensor) or not base_out.is_floating_point() or base_out.dim() < 1:
+        raise ValueError(
+            f"base_out must be a floating-point tensor (…, of·n), got {shown(base_out)}"
+        )
     if base_out.shape[:-1] != x_h.shape[:-1] or base_out.device != x_h.device:
         raise ValueError(
             f"base_out must be {(*x_h.shape[:-1], 'of·n')} on {x_h.device}, got "
             f"{tuple(base_out.shape)} on {base_out.device}"
         )
-    return base_out.shape[-1]
 
 
 def as_routing_input(x_r: Tensor | RoutingInput | None, routing: Routing) -> RoutingInput | None:
@@ -115,7 +125,7 @@ def _check_prepared(given: RoutingInput, routing: Routing, A: Tensor, g: int) ->
             f"x_v has {x_v.shape[-1]} columns on {x_v.device}, A has R = {R} rows and x_r is on "
             f"{given.x_r.device}"
         )
-    if x_v is not None and x_v.dtype != A.dtype and not torch.is_autocast_enabled(A.device.type):
+    if x_v is not None and x_v.dtype != A.dtype and not autocasts(A.device):
         raise ValueError(f"x_v is {x_v.dtype}, A is {A.dtype}: convert one")
     if operand is not None:
         G = 1 if routing.segments == "joint" else g
@@ -136,20 +146,20 @@ def _check_packing(
         )
 
 
-def check_tensors(x_h: Tensor, **others: Tensor | None) -> None:
+def check_tensors(
+    x_h: Tensor, needed: Mapping[str, Tensor | None], others: Mapping[str, Tensor | None]
+) -> None:
     """Tensors of one device, and of one dtype unless autocast converts them; else a ValueError."""
-    if not isinstance(x_h, Tensor) or x_h.dim() < 2:
-        given = tuple(x_h.shape) if isinstance(x_h, Tensor) else type(x_h).__name__
-        raise ValueError(f"x_h must be a tensor (B, …, d), got {given}")
-    converts = torch.is_autocast_enabled(x_h.device.type)
-    for name, tensor in others.items():
-        if tensor is None:
+    if not isinstance(x_h, Tensor) or x_h.dim() < 2 or not x_h.is_floating_point():
+        raise ValueError(f"x_h must be a floating-point tensor (B, …, d), got {shown(x_h)}")
+    for name, tensor in {**needed, **others}.items():
+        if tensor is None and name not in needed:
             continue
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+            raise ValueError(f"{name} must be a tensor, got {shown(tensor)}")
         if tensor.device != x_h.device:
             raise ValueError(f"{name} is on {tensor.device}, x_h is on {x_h.device}")
-        if tensor.dtype != x_h.dtype and not converts:
+        if tensor.dtype != x_h.dtype and not autocasts(x_h.device):
             raise ValueError(
                 f"{name} is {tensor.dtype}, x_h is {x_h.dtype}: convert one, or run under "
                 "torch.autocast"

@@ -174,7 +174,7 @@ class Attached:
         before, self._before = self._attached(), None
         for hook in before.hooks:
             hook.remove()
-        self.context.together.clear()
+        self.context.together.remove(self.layers.values())
         for name, module in before.modules.items():
             _put(self.model, name, module)
         if self.projector is not None:
@@ -201,12 +201,14 @@ class Attached:
         """
         before = self._attached()
         merge(self.model)
-        before.saved, before.modules, before.buffers = {}, {}, {}
+        before.saved, before.modules, before.buffers, self.layers = {}, {}, {}, {}
         return self.detach()
 
     def _attached(self) -> _Before:
         if self._before is None:
             raise ValueError("the routed layers were detached from the model")
+        if any(layer.is_merged for layer in self.layers.values()):
+            raise ValueError("the routed layers were merged into the model: there is no way back")
         return self._before
 
     def __repr__(self) -> str:
@@ -236,8 +238,9 @@ def attach(
         context: to share with code of your own; None: a new one.
         impl, recompute: of the layers, as in `RoutedLinear`.
         project: who computes x_v = x_r Aᵀ. "layer", each when it is called; "together", the context
-            for all layers of one width and rank in one product when it is set; "auto", together
-            where that saves launches: without gradients and from five layers on (docs/kernels.md).
+            for all layers of one width and rank in one product when it is set, for one backward
+            pass; "auto", together where that saves launches: on a GPU, without gradients, from
+            five layers on (docs/kernels.md).
 
     Returns:
         The handle to route (`using`), train, save, load and detach with.
@@ -307,7 +310,9 @@ def _attach(
     layers = {t.names[0]: layer for t, (_, layer) in zip(targets, built, strict=True)}
     # expand alone loses launches: the vector of ones beside x_v is then made in torch
     when = "layer" if project == "auto" and config.route == "expand" else project
-    context.together.add(dict.fromkeys(layers.values()), when)
+    for layer in layers.values():
+        layer.project = when
+        context.together.add(layer, when)
     return Attached(model, config, context, layers, projector, before)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import whole
+
 
 def base_features(
     base: object, in_features: int | None = None, out_features: int | None = None
@@ -26,7 +28,7 @@ def base_features(
                 f"base={type(base).__name__} does not tell its widths (in_features, "
                 "out_features): give in_features and out_features"
             )
-        told = in_features, out_features
+        told = whole("in_features", in_features), whole("out_features", out_features)
     for name, given, width in zip(
         ("in_features", "out_features"), (in_features, out_features), told, strict=True
     ):
@@ -95,6 +97,15 @@ def weight_kind(
     base: object, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
     """Device and dtype for parameters beside a base: as asked, else as its weight."""
+    if device is not None:
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ValueError(
+                f"device must be one of torch, such as 'cpu' or 'cuda:0', got {device!r}"
+            ) from None
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point dtype of torch, got {dtype!r}")
     weight = getattr(base, "weight", None)
     if isinstance(weight, Tensor):
         device = weight.device if device is None else device

@@ -15,7 +15,7 @@ from .fused import product_dtype
 from .routes import Route
 from .routing import Routing, as_routing
 from .routing_input import RoutingInput
-from .together import Projected
+from .together import Projected, is_plain, state_of
 
 ROUTED_BY = ("image", "text")
 More = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a call beside x_h
@@ -67,8 +67,9 @@ class Bottleneck(nn.Module):
         self.recompute = truth("recompute", recompute)
         self.impl: Impl = impl
         self.label = type(self).__name__
-        self.slot = -1  # where the context projects for several layers at once: this one's place
+        self.project = "layer"  # or whether the context projects for several layers at once
         self.folded: Callable[[Tensor, More], Tensor] | None = None  # what runs instead: see `fold`
+        self.is_merged = False  # whether `merge` has added the update to the base
         self._is_empty = False
         self._make_down(groups, kind)
 
@@ -166,7 +167,9 @@ class Bottleneck(nn.Module):
             if self.training and self.dropout:
                 x_r = F.dropout(x_r, self.dropout)
             return given.projected(F.linear(F.linear(x_r, self.A_v), self.U_v, self.b_A))
-        made = self.context.projected(self.slot) if self.slot >= 0 else None
+        if self.project == "layer" or torch.compiler.is_compiling():
+            return given
+        made = self.context.projected(self)
         if made is None or not self._can_use(made, given, x_h):
             return given
         return given.projected(made.x_v)
@@ -179,14 +182,18 @@ class Bottleneck(nn.Module):
 
     def _can_use(self, made: Projected, given: RoutingInput, x_h: Tensor) -> bool:
         """Whether x_v is what this layer would compute now, with the gradients it would have."""
-        is_current = made.A is self.A and made.version == self.A._version and self.projects_as_is()
-        if not is_current or made.x_v.dtype != product_dtype(x_h):
+        if torch._C._are_functorch_transforms_active() or not self.projects_as_is():
+            return False
+        if not is_plain(self) or made.state != state_of(self, given.x_r):
+            return False
+        if made.x_v.dtype != product_dtype(x_h):
             return False
         if not torch.is_grad_enabled():
             return True
         if not made.x_v.requires_grad:
-            return not (self.A.requires_grad or given.x_r.requires_grad)
-        self.context.taken(self.slot)  # its graph serves one backward
+            trains_b_A = self.b_A is not None and self.b_A.requires_grad
+            return not (self.A.requires_grad or trains_b_A or given.x_r.requires_grad)
+        self.context.taken(self)  # its graph serves one backward
         return True
 
     def _route_arguments(self, x_h: Tensor) -> dict[str, Any]:

@@ -12,9 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import shown
+
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # PEFT's name for the adapted model inside its own wrapper
 DIGEST = "fused_route_config"  # metadata of the tensors: which settings they belong to
+
+
+def folder_of(directory: Any) -> Path:
+    """The path that was given; a ValueError where it cannot be that of a folder."""
+    text = os.fspath(directory) if isinstance(directory, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ValueError(
+            f"directory must be the folder of an adapter checkpoint, got {shown(directory)}"
+        )
+    try:
+        exists = Path(text).is_dir() or not Path(text).exists()
+    except OSError as error:
+        raise ValueError(
+            f"directory={shown(text)} cannot hold an adapter checkpoint: {error.strerror}"
+        ) from None
+    if not exists:
+        raise ValueError(f"directory={text!r} is a file, not the folder of an adapter checkpoint")
+    return Path(text)
 
 
 def digest(identity: Mapping[str, Any]) -> str:
@@ -41,14 +61,17 @@ def write(
         identity: those of them that the tensors are marked with; see `digest`.
 
     Raises:
-        ValueError: `directory` is a file.
+        ValueError: `directory` is a file, or no folder can be made there.
     """
     from safetensors.torch import save_file
 
-    folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"directory={str(folder)!r} is a file")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"directory={shown(str(folder))} cannot be made: {error.strerror}"
+        ) from None
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     with _beside(folder / TENSORS) as new_tensors, _beside(folder / CONFIG) as new_config:
         metadata = {"format": "pt", DIGEST: digest(identity)}
@@ -97,7 +120,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: no such directory or file, or not a JSON object.
     """
-    path = Path(directory) / CONFIG
+    path = folder_of(directory) / CONFIG
     if not path.is_file():
         raise ValueError(f"{path} does not exist: not an adapter checkpoint")
     try:
@@ -119,7 +142,7 @@ def read_tensors(
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(directory) / TENSORS
+    path = folder_of(directory) / TENSORS
     if not path.is_file():
         raise ValueError(f"{path} does not exist: the checkpoint is incomplete")
     try:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from .checks import finite, one_of, probability, truth, whole
+from .checks import finite, one_of, probability, segments, shown, truth, whole
 from .modules import NORMS, POSITIONS
 from .reference import ACTIVATIONS
 from .routes import ROUTES, Route
@@ -165,14 +165,23 @@ class RoutedConfig:
             object.__setattr__(self, name, accept(name, getattr(self, name)))
         if not self.target_modules:
             raise ValueError("target_modules is empty: name the modules to adapt")
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is given without layers_to_transform")
+        reads_index = self.share == "block" or "norms" in (self.train or ())
+        if self.layers_pattern and self.layers_to_transform is None and not reads_index:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} is given without layers_to_transform, "
+                "share='block' or train=('norms',), which need the index of a layer"
+            )
         if self.host == "lora" and self.alpha is None:
             object.__setattr__(self, "alpha", float(self.r))
         for name, accepted in NAMED.items():
             one_of(name, getattr(self, name), accepted)
         for item in self.train:
             one_of("train", item, TRAIN)
+        if self.host == "lora":
+            segments("adapted", self.adapted, self.of)
+        if self.layers_pattern is not None and not self.layers_pattern:
+            given = self.layers_pattern
+            raise ValueError(f"layers_pattern must be a name or names, got {given!r}")
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
@@ -206,6 +215,8 @@ class RoutedConfig:
             ValueError: not a routed adapter, a value that is not accepted, or a setting this
                 version does not know and which is not off (null, false, empty or "none").
         """
+        if not isinstance(written, Mapping):
+            raise ValueError(f"written must be a mapping with a peft_type, got {shown(written)}")
         peft_type = written.get("peft_type")
         hosts = {host.peft_type: name for name, host in HOSTS.items()}
         if not isinstance(peft_type, str) or peft_type not in hosts:
@@ -225,8 +236,12 @@ class RoutedConfig:
 
     def differences(self, other: "RoutedConfig") -> list[str]:
         """What makes adapters of the other configuration unfit for this one, setting by setting."""
+        if not isinstance(other, RoutedConfig):
+            raise ValueError(f"other must be a RoutedConfig, got {shown(other)}")
         mine, theirs = self.to_json(), other.to_json()
         may_differ = {HOSTS[self.host].spelling.get(name, name) for name in MAY_DIFFER}
+        if self.share == "block":  # one name stands for all places of a shared layer
+            may_differ -= {"target_modules", "layers_to_transform", "layers_pattern"}
         return [
             f"{key} is {theirs[key]!r} there, {mine[key]!r} here"
             for key in mine
@@ -242,7 +257,7 @@ def identity_of(written: Mapping[str, Any]) -> dict[str, Any]:
 
 def _names(name: str, value: Any) -> tuple[str, ...]:
     items = () if value is None else value
-    if isinstance(items, str) or not isinstance(items, Iterable):
+    if isinstance(items, (str, Mapping)) or not isinstance(items, Iterable):
         raise ValueError(f"{name} must be a sequence of names, got {value!r}")
     items = tuple(sorted(items) if isinstance(items, (set, frozenset)) else items)
     if not all(isinstance(item, str) and item for item in items):

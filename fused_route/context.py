@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .checks import shown, whole
 from .routing_input import RoutingInput, masked_mean
-from .together import Projected, Together
+from .together import Projected, Projecting, Together
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,13 +28,21 @@ class VisualProjector(nn.Module):
 
     def __init__(self, visual_width: int, widths: set[int]) -> None:
         super().__init__()
-        self.visual_width = visual_width
+        self.visual_width = whole("visual_width", visual_width)
+        if not isinstance(widths, (set, frozenset, tuple, list)):
+            raise ValueError(f"widths must be a set of widths, got {shown(widths)}")
+        widths = {whole("widths", width) for width in widths}
         self.projections = nn.ModuleDict(
             {str(d): nn.Linear(visual_width, d) for d in sorted(widths - {visual_width})}
         )
 
     def forward(self, x: Tensor) -> dict[int, Tensor]:
         """x_r by width, in the projector's dtype; the features' own width included, unprojected."""
+        is_features = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
+        if not is_features or x.shape[-1] != self.visual_width:
+            raise ValueError(
+                f"x must be a floating-point tensor (B, Nv, {self.visual_width}), got {shown(x)}"
+            )
         projected = {
             int(d): projection(x.to(projection.weight.dtype))  # type: ignore[arg-type]
             for d, projection in self.projections.items()
@@ -47,7 +56,7 @@ class Held(NamedTuple):
     Args:
         inputs: routing inputs by width.
         text_mask: which text tokens count where layers pool their own input; "all"; None: not set.
-        projected: x_v by the slots of layers, where the context projected them together.
+        projected: x_v by the ids of layers, where the context projected them together.
         task: the backward pass in which this was set, -1 outside of any.
     """
 
@@ -65,7 +74,7 @@ def nothing() -> Held:
 class _OfThread(threading.local):
     def __init__(self) -> None:
         self.held = nothing()
-        self.before: list[Held] = []
+        self.before: list[tuple[object, Held]] = []
 
 
 def backward_pass() -> int:
@@ -81,7 +90,9 @@ class RoutingContext:
         with context.using(image_features):
             loss = model(input_ids).loss
 
-    Each thread sees what it set itself. Copying or pickling a context (with the model that holds
+    Each thread sees what it set itself; a thread that is to go on with what is set here gets
+    `captured(function)`. Tasks of one thread that take turns, as asyncio's do, must not give way
+    inside a `using`. Copying or pickling a context (with the model that holds
     it) leaves the routing input behind.
 
     Args:
@@ -89,6 +100,8 @@ class RoutingContext:
     """
 
     def __init__(self, projector: VisualProjector | None = None) -> None:
+        if not isinstance(projector, (VisualProjector, type(None))):
+            raise ValueError(f"projector must be a VisualProjector, got {shown(projector)}")
         self.projector = projector
         self.together = Together()
         self._thread = _OfThread()
@@ -147,9 +160,10 @@ class RoutingContext:
         if not inputs:
             raise ValueError(
                 f"{layer} has no routing input: run the model inside `with context.using(x_r):`, "
-                "or have the model's forward call context.set(x_r)"
+                "or have the model's forward call context.set(x_r); each thread sets its own, or "
+                "runs context.captured(function)"
             )
-        if width not in inputs:
+        if not isinstance(width, int) or width not in inputs:
             offered = ", ".join(map(str, inputs))
             raise ValueError(
                 f"{layer} takes x_r of width {width}; the context holds {offered}. Give attach() "
@@ -176,22 +190,25 @@ class RoutingContext:
         except ValueError as error:
             raise ValueError(f"{layer}, routed by its own text: {error}") from None
 
-    def projected(self, slot: int) -> Projected | None:
-        """What the context projected for the layer in this slot, if it did."""
-        return self._thread.held.projected.get(slot)
+    def projected(self, layer: Projecting) -> Projected | None:
+        """What the context projected for the layer, if it did; it will from the next time on."""
+        if layer not in self.together:
+            self.together.add(layer, layer.project)
+        return self._thread.held.projected.get(id(layer))
 
-    def taken(self, slot: int) -> None:
+    def taken(self, layer: Projecting) -> None:
         """That x_v is used up: the layer's next call projects by itself."""
-        self._thread.held.projected.pop(slot, None)
+        self._thread.held.projected.pop(id(layer), None)
 
     def _now(self, layer: str) -> Held:
         held = self._thread.held
-        if held.task != backward_pass():
+        if held.task != (task := backward_pass()) and task != -1:
             raise RuntimeError(
-                f"{layer} is recomputed in a backward pass without the routing input of its "
-                "forward, which may have been another: turn checkpointing on with "
-                "attached.checkpoint_activations(), pass context_fn=context.checkpoint_contexts, "
-                "or, with use_reentrant=True, checkpoint context.captured(function)"
+                f"{layer} is called inside a backward pass, as recomputed blocks are, without the "
+                "routing input of its forward, which may have been another: turn checkpointing on "
+                "with attached.checkpoint_activations(), pass "
+                "context_fn=context.checkpoint_contexts, checkpoint context.captured(function) "
+                "where use_reentrant=True, or set the routing input inside"
             )
         return held
 
@@ -200,20 +217,22 @@ class RoutingContext:
         self, x_r: Tensor | RoutingInput | None = None, *, text_mask: Tensor | str | None = None
     ) -> Iterator[None]:
         """`set` for a block of code; what was set before returns after it."""
-        self.push()
+        before = self._thread.held
         try:
             self.set(x_r, text_mask=text_mask)
             yield
         finally:
-            self.pop()
+            self._thread.held = before
 
-    def push(self) -> None:
-        """Keeps what is set now until the `pop` that belongs to it: `using` for hooks."""
-        self._thread.before.append(self._thread.held)
+    def push(self, owner: object) -> None:
+        """Keeps what is set now until the owner's `pop`: `using` for hooks."""
+        self._thread.before.append((owner, self._thread.held))
 
-    def pop(self) -> None:
-        """Sets again what was set at the last `push`."""
-        self._thread.held = self._thread.before.pop()
+    def pop(self, owner: object) -> None:
+        """Sets again what was set at the last `push`, if that was this owner's."""
+        before = self._thread.before
+        if before and before[-1][0] is owner:
+            self._thread.held = before.pop()[1]
 
     def checkpoint_contexts(
         self,

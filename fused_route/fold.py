@@ -8,6 +8,7 @@ image can become part of the weights:
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +22,12 @@ from .checks import one_of, whole
 from .modules import RoutedLinear
 from .reference import NO_DROPOUT, grouped, image_operand, ungrouped
 from .routes import Operand
+from .routing import Routing
 from .routing_input import RoutingInput
+from .together import tensor_state
 
 INTO = ("bottleneck", "host")
+UNROUTED = Routing("none")
 
 
 @dataclass
@@ -32,32 +36,37 @@ class _Image:
 
     Args:
         layer: the layer; its parameters are left alone.
-        batch: samples that it then takes, images times beams.
+        batch: samples that it then takes, images times beams; None: any, all of one image.
     """
 
     layer: Bottleneck
-    batch: int
-    _versions: tuple[int, ...] | None = field(default=None, init=False)
+    batch: int | None
+    _state: tuple[object, ...] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._versions = self._now()
+        self._state = self._now()
 
-    def _now(self) -> tuple[int, ...]:
-        return tuple(parameter._version for parameter in self.layer.parameters())
+    def _now(self) -> tuple[object, ...]:
+        tensors = self.layer.parameters()
+        scale = self.layer.s if isinstance(self.layer, RoutedLinear) else 1.0
+        return (scale, *(part for tensor in tensors for part in tensor_state(tensor)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_versions": None}  # those of a copy count anew
+        return {**self.__dict__, "_state": None}  # that of a copy is its own
 
     def check(self, x_h: Tensor) -> None:
         """The call is one that the folded images answer; else a ValueError."""
         layer = self.layer
         if layer.training:
             raise ValueError(f"{layer.label} has an image folded in: unfold it before training")
-        if self._versions is None:
-            self._versions = self._now()
-        if self._versions != self._now():
-            raise ValueError(f"{layer.label} has changed since an image was folded in: fold again")
-        if x_h.shape[0] != self.batch:
+        if not torch.compiler.is_compiling():
+            if self._state is None:
+                self._state = self._now()
+            if self._state != self._now():
+                raise ValueError(
+                    f"{layer.label} has changed since an image was folded in: fold again"
+                )
+        if self.batch is not None and x_h.shape[0] != self.batch:
             raise ValueError(
                 f"{layer.label} has images for a batch of {self.batch} folded in, x_h is a batch "
                 f"of {x_h.shape[0]} (for beams: fold(…, beams=…))"
@@ -72,12 +81,15 @@ class BesideDown(_Image):
     """Each sample's operand, prepared: A' of each sample would be B·R·d numbers."""
 
     given: RoutingInput
+    A: Tensor
 
     def __call__(self, x_h: Tensor, more: More) -> Tensor:
         self.check(x_h)
-        layer = self.layer
+        layer, given = self.layer, self.given
+        if self.batch is None:
+            given = repeated(given, x_h.shape[0])
         return layer.around(
-            x_h, layer.down(), layer.b_A, more, x_r=self.given, route=layer.routing, impl=layer.impl
+            x_h, self.A, layer.b_A, more, x_r=given, route=layer.routing, impl=layer.impl
         )
 
 
@@ -91,7 +103,7 @@ class IntoDown(_Image):
     def __call__(self, x_h: Tensor, more: More) -> Tensor:
         self.check(x_h)
         layer = self.layer
-        return layer.around(x_h, self.A, self.b_A, more, route="none", impl=layer.impl)
+        return layer.around(x_h, self.A, self.b_A, more, route=UNROUTED, impl=layer.impl)
 
 
 @dataclass
@@ -143,13 +155,13 @@ def fold(
             model.generate(input_ids)
 
     Args:
-        model: a model with routed layers, from `attach` or of your own, in evaluation mode when it
-            runs.
+        model: a model with routed layers, from `attach` or of your own, in evaluation mode.
         x_r: features as a context takes them, for B images.
         into: "bottleneck", any B: one image goes into the down-projection, of several each sample's
             operand is kept; "host", B = 1 and linear layers only: the layer becomes a plain linear
             layer. Its W' is a copy beside W.
-        beams: how many rows of a batch belong to each image.
+        beams: how many rows of a batch belong to each of several images. One image is that of
+            every row, however many there are.
 
     Layers of route "none" stay as they are.
 
@@ -165,25 +177,26 @@ def fold(
         raise ValueError("sample_index is given: packed sequences cannot be folded in")
     if into == "host" and given.batch_size != 1:
         raise ValueError(f"into='host' takes one image, x_r has {given.batch_size}")
-    images = []
-    for layer in routed_layers(model):
+    layers = list(routed_layers(model))
+    for layer in layers:
         refuse_unfoldable(layer, into)
-        with layer.context.using(given):
-            held = layer.routing_input(given.x_r)
-        assert held is not None
-        operand = image_operand(
-            held, layer.down(), layer.b_A, routing=layer.routing, G=groups(layer),
-            dropout=NO_DROPOUT,
-        )  # fmt: skip
-        if any(t.shape[-2] > 1 for t in operand.tensors if operand.mix != "matrix"):
-            raise ValueError(
-                f"{layer.label}: transpose='eccv24' pairs visual with text tokens, which no weight "
-                "can hold; use transpose='exact'"
-            )
-        images.append(_image(layer, held, operand, into, beams))
+    with ExitStack() as stack:
+        for context in {id(layer.context): layer.context for layer in layers}.values():
+            stack.enter_context(context.using(given))
+        images = [_folded(layer, into, beams) for layer in layers]
     if not images:
         raise ValueError(f"model={type(model).__name__} has no layer that an image routes")
     return Folded(images)
+
+
+def unfold(model: nn.Module) -> None:
+    """Takes images out of every layer of a model, such as a copy that was made while it held them.
+
+    Raises:
+        ValueError: no torch module.
+    """
+    for layer in routed_layers(model):
+        layer.folded = None
 
 
 def routed_layers(model: nn.Module) -> Iterator[Bottleneck]:
@@ -198,6 +211,8 @@ def routed_layers(model: nn.Module) -> Iterator[Bottleneck]:
 def refuse_unfoldable(layer: Bottleneck, into: str) -> None:
     """ValueError where the image cannot become part of this layer."""
     route = layer.routing.route
+    if layer.training:
+        raise ValueError(f"{layer.label} is in training mode: call model.eval() before folding")
     if layer.folded is not None:
         raise ValueError(f"{layer.label} has an image folded in already: unfold it first")
     if route.first != "none" or route.scores == "text":
@@ -209,8 +224,8 @@ def refuse_unfoldable(layer: Bottleneck, into: str) -> None:
             raise ValueError(f"{layer.label} is an adapter: it folds into='bottleneck' only")
         if plain_base(layer.base)[0] is None:
             raise ValueError(
-                f"{layer.label}: into='host' needs a base that is a plain nn.Linear or Conv1D, got "
-                f"{type(layer.base).__name__}"
+                f"{layer.label}: into='host' needs a base that is a plain nn.Linear or Conv1D "
+                f"without hooks, got {type(layer.base).__name__}"
             )
 
 
@@ -221,10 +236,19 @@ def groups(layer: Bottleneck) -> int:
     return 1
 
 
-def _image(
-    layer: Bottleneck, given: RoutingInput, operand: Operand, into: str, beams: int
-) -> _Image:
-    batch = given.batch_size * beams
+def _folded(layer: Bottleneck, into: str, beams: int) -> _Image:
+    """What the layer runs instead, for the images that its context holds."""
+    given = layer.routing_input(layer.A)
+    assert given is not None
+    operand = image_operand(
+        given, layer.down(), layer.b_A, routing=layer.routing, G=groups(layer), dropout=NO_DROPOUT
+    )
+    if any(t.shape[-2] > 1 for t in operand.tensors if operand.mix != "matrix"):
+        raise ValueError(
+            f"{layer.label}: transpose='eccv24' pairs visual with text tokens, which no weight can "
+            "hold; use transpose='exact'"
+        )
+    batch = None if given.batch_size == 1 else given.batch_size * beams
     if into == "host":
         assert isinstance(layer, RoutedLinear)
         return IntoHost(layer, batch, *host(layer, operand))
@@ -233,11 +257,18 @@ def _image(
     if given.batch_size == 1 and not has_no_place:
         A, c = down(layer, operand)
         return IntoDown(layer, batch, A, mixed(layer.b_A, operand) if layer.b_A is not None else c)
-    tensors = tuple(t.repeat_interleave(beams, 0) for t in operand.tensors)
-    beside = RoutingInput(
-        given.x_r.repeat_interleave(beams, 0), operand=Operand(operand.mix, tensors)
-    )
-    return BesideDown(layer, batch, beside)
+    beside = repeated(RoutingInput(given.x_r, operand=operand), 1 if batch is None else beams)
+    return BesideDown(layer, batch, beside, layer.down())
+
+
+def repeated(given: RoutingInput, times: int) -> RoutingInput:
+    """Every sample and its operand `times` times in a row."""
+    if times == 1:
+        return given
+    assert given.operand is not None
+    mix, tensors = given.operand
+    operand = Operand(mix, tuple(t.repeat_interleave(times, 0) for t in tensors))
+    return RoutingInput(given.x_r.repeat_interleave(times, 0), operand=operand)
 
 
 def mixed(rows: Tensor, operand: Operand) -> Tensor:
@@ -290,8 +321,8 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a layer that an image routes (`fold` holds one image), an adapter, a base that
-            is no plain nn.Linear or Conv1D, or one whose weight is tied to another module's.
-            Nothing is then changed.
+            is no plain nn.Linear or Conv1D without hooks, or one whose weight is tied to another
+            module's. Nothing is then changed.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch module, got {type(model).__name__}")
@@ -306,8 +337,9 @@ def merge(model: nn.Module) -> nn.Module:
         weight, _ = plain_base(layer.base)
         assert weight is not None
         merged[layer] = weight, added(layer, weight, layer.A)
-    for weight, sum_ in merged.values():
+    for layer, (weight, sum_) in merged.items():
         weight.copy_(sum_)
+        layer.is_merged = True
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, RoutedLinear) and name:
             parent, _, child = name.rpartition(".")
@@ -326,18 +358,22 @@ def _refuse_unmergeable(layer: Bottleneck, owners: dict[int, set[int]]) -> None:
         raise ValueError(f"{layer.label} is an adapter: only routed linear layers merge")
     if plain_base(layer.base)[0] is None:
         raise ValueError(
-            f"{layer.label}: merging needs a base that is a plain nn.Linear or Conv1D, got "
-            f"{type(layer.base).__name__}"
+            f"{layer.label}: merging needs a base that is a plain nn.Linear or Conv1D without "
+            f"hooks, got {type(layer.base).__name__}"
         )
-    if len(owners[id(layer.weight)]) > 1:
+    if len(owners[_memory(layer.weight)]) > 1:
         raise ValueError(f"{layer.label}: the base's weight is tied to another module's")
 
 
 def _owners(model: nn.Module) -> dict[int, set[int]]:
-    """Modules that hold a parameter, by the id of the parameter."""
+    """Modules that hold a parameter, by the memory that it lies in."""
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(id(module))
+                owners.setdefault(_memory(parameter), set()).add(id(module))
     return owners
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() or id(tensor)

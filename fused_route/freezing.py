@@ -18,7 +18,7 @@ def saved(model: nn.Module, config: RoutedConfig, targets: list[Target]) -> dict
     for rule in config.train:
         found = dict(_RULES[rule](model, config, targets))
         if not found:
-            raise ValueError(f"train has {rule!r}: the model has no such parameters")
+            raise ValueError(f"train has {rule!r}: {_NOTHING[rule]}")
         copies |= {name: tensor.detach().clone() for name, tensor in found.items()}
     return copies
 
@@ -90,12 +90,24 @@ def _head(
 ) -> Iterator[tuple[str, Tensor]]:
     """Of a Hugging Face model, everything outside of its base model."""
     base = getattr(model, "base_model", None)
-    if not isinstance(base, nn.Module) or base is model:
+    if not isinstance(base, nn.Module):
         return
-    inside = {id(parameter) for parameter in base.parameters()}
+    heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    if base is model:  # no attribute has the prefix: the head is what the model calls so
+        get = getattr(model, "get_output_embeddings", lambda: None)
+        heads = [name for name, child in model.named_children() if child is get()]
+    inside = {
+        id(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name.partition(".")[0] not in heads
+    }
+    places = [name for target in targets for name in target.names]
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name.startswith(f"{model.base_model_prefix}."):
+        if name.partition(".")[0] not in heads:
             continue
+        within = [place for place in places if place.partition(".")[0] == name.partition(".")[0]]
+        if within:
+            raise ValueError(f"train has 'head', in which {within[0]} is a target")
         if id(parameter) in inside:
             raise ValueError(
                 f"train has 'head': {name} is tied to a parameter of the base model, which would "
@@ -104,4 +116,10 @@ def _head(
         yield name, parameter
 
 
+_NOTHING = {
+    "host_bias": "no target has a bias",
+    "norms": "no target is in a block with a layer index and norms",
+    "pooler": "no module is called pooler",
+    "head": "this is no Hugging Face model with a head; name it in modules_to_save",
+}
 _RULES = {"host_bias": _host_bias, "norms": _norms, "pooler": _pooler, "head": _head}

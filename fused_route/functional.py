@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import fused, known, reference
 from .arguments import as_routing_input, check_adapter, check_linear
-from .checks import finite, one_of, probability
+from .checks import finite, one_of, probability, segments, truth, whole
 from .reference import ACTIVATIONS, NO_DROPOUT, Dropout
 from .routes import Route
 from .routing import Routing, as_routing
@@ -61,7 +61,14 @@ def routed_linear(
     Raises:
         ValueError: an argument that does not fit; the message names it and what is accepted.
     """
-    routing, adapted, s = as_routing(route), tuple(adapted), finite("s", s)
+    routing, s = as_routing(route), finite("s", s)
+    # True is 1 to a look-up of what is known, and 0.0 is 0: other types are not looked up.
+    if type(adapted) is not tuple or any(type(index) is not int for index in adapted):
+        adapted = segments("adapted", adapted)
+    if type(of) is not int:
+        of = whole("of", of)
+    if type(recompute) is not bool:
+        truth("recompute", recompute)
     given = as_routing_input(x_r, routing)
     base = "frozen" if weight is not None and _is_frozen(weight, bias) else "given"
     settings = ("linear", routing, base, adapted, of, dropout, recompute, impl)
@@ -122,6 +129,8 @@ def routed_adapter(
         ValueError: an argument that does not fit; the message names it and what is accepted.
     """
     routing = as_routing(route)
+    if type(residual) is not bool or type(recompute) is not bool:
+        truth("residual", residual), truth("recompute", recompute)
     given = as_routing_input(x_r, routing)
     settings = ("adapter", routing, activation, residual, dropout, recompute, impl)
     signature = known.signature((x_h, A, B, b_A, b_B), given, settings)
@@ -146,9 +155,7 @@ def routed_adapter(
 
 def _is_frozen(weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether no gradient of the base is wanted: its product is then part of the operation."""
-    is_trained = (weight is not None and weight.requires_grad) or (
-        bias is not None and bias.requires_grad
-    )
+    is_trained = getattr(weight, "requires_grad", False) or getattr(bias, "requires_grad", False)
     return not (is_trained and torch.is_grad_enabled())
 
 
@@ -160,8 +167,13 @@ def _masks(dropout: float | Dropout, x_h: Tensor, given: RoutingInput | None) ->
         if dropout.keep_r is not None and not is_raw:
             raise ValueError("keep_r is given, and x_v or operand, which x_r has become already")
         for name, keep, x in (("keep_h", dropout.keep_h, x_h), ("keep_r", dropout.keep_r, x_r)):
-            if keep is not None and x is not None and keep.shape != x.shape:
-                raise ValueError(f"{name} must be {tuple(x.shape)}, got {tuple(keep.shape)}")
+            if keep is None or x is None:
+                continue
+            if keep.shape != x.shape or keep.device != x.device:
+                raise ValueError(
+                    f"{name} must be {tuple(x.shape)} on {x.device}, got {tuple(keep.shape)} on "
+                    f"{keep.device}"
+                )
         return dropout
     if probability("dropout", dropout) == 0.0:
         return NO_DROPOUT

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, coverage, ops
-from .checks import probability
+from .checks import autocasts, probability
 from .dropout import draw_seed
 from .fusion import OF_ONE_VECTOR, Fusion, owns_image
 from .ops import Inputs
@@ -40,8 +40,7 @@ class Prepared:
 
 def product_dtype(x_h: Tensor) -> torch.dtype:
     """The dtype that A and B are multiplied in: autocast's, or that of x_h."""
-    device = x_h.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_h.dtype
+    return torch.get_autocast_dtype(x_h.device.type) if autocasts(x_h.device) else x_h.dtype
 
 
 def products(dtype: torch.dtype, device: torch.device) -> str:
@@ -182,7 +181,8 @@ def prepared_operand(
     """The operand as the reference computes it, from x_v in torch."""
     dropout = NO_DROPOUT
     if f.p > 0.0 and given.x_v is None and given.operand is None:
-        keep_r = torch.empty_like(given.x_r, dtype=torch.bool).bernoulli_(1.0 - f.p)
+        x_r = given.x_r  # a mask in the order of its elements, whatever that of its memory
+        keep_r = torch.empty(x_r.shape, dtype=torch.bool, device=x_r.device).bernoulli_(1.0 - f.p)
         dropout = Dropout(f.p, None, keep_r)
     return image_operand(given, A, b_A, routing=routing, G=f.groups, dropout=dropout)
 

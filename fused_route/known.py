@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import autocasts
 from .fused import Prepared, product_dtype, products
 from .reference import Dropout
 from .routing_input import RoutingInput
@@ -29,7 +30,7 @@ def signature(
         return None
     try:
         device: torch.device = tensors[0].device  # type: ignore[union-attr]
-        casts = torch.is_autocast_enabled(device.type)
+        casts = autocasts(device)
         dtype = product_dtype(tensors[0]) if casts else tensors[0].dtype  # type: ignore[union-attr,arg-type]
         key: list[Any] = [settings, casts, dtype]
         if dtype is torch.float32:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .arguments import check_segments
 from .bases import base_features, plain_base, weight_kind
 from .bottleneck import NO_MORE, Bottleneck, More
-from .checks import finite, one_of, truth
+from .checks import finite, one_of, shown, truth
 from .context import RoutingContext
 from .functional import Impl, routed_adapter, routed_linear
 from .reference import ACTIVATIONS
@@ -43,7 +43,8 @@ class RoutedLinear(Bottleneck):
             every adapted segment.
         routed_by: "image", the context's routing input; or "text", the mean of the layer's own
             input x_h (B, T, d) over the tokens of the context's text_mask. That reads later
-            tokens: not for a decoder.
+            tokens, and takes each row of the batch for one text: not for decoders, nor for packed
+            sequences.
 
     Shapes: (B, …, d) to (B, …, of·n). Parameters: A (g·r, d), B (g·n, r); with an inner rank
     A, A_v (g·k, d) and U, U_v (g·r, g·k): x_t = x_h Aᵀ Uᵀ, x_v = x_r A_vᵀ U_vᵀ.
@@ -204,12 +205,16 @@ class RoutedAdapter(Bottleneck):
     def forward(self, x_h: Tensor) -> Tensor:
         if self.folded is not None:
             return self.folded(x_h, NO_MORE)
-        return self.around(x_h, self.down(), self.b_A, **self._route_arguments(x_h))
+        pools = self.norm == "before" and self.routed_by == "text"
+        arguments = self._route_arguments(self._normed(x_h) if pools else x_h)
+        return self.around(x_h, self.down(), self.b_A, **arguments)
 
     def around(
         self, x_h: Tensor, A: Tensor, b_A: Tensor | None, more: More = NO_MORE, **arguments: Any
     ) -> Tensor:
         """The adapter with this down-projection: `routed_adapter`, and the norm before or after."""
+        if isinstance(x_h, Tensor) and x_h.shape[-1:] != (self.d,):
+            raise ValueError(f"x_h must be (…, {self.d}) for {self.label}, got {shown(x_h)}")
         y = routed_adapter(
             self._normed(x_h) if self.norm == "before" else x_h,
             A,
@@ -238,7 +243,7 @@ class AdaptedModule(nn.Module):
 
     Args:
         base: the module. Where it returns a tuple, the first element is adapted; in front, the
-            first argument, or the keyword argument hidden_states.
+            keyword argument hidden_states, or else the first argument.
         adapter: the adapter; may be shared with other modules.
         position: "after" or "before" the base.
     """
@@ -246,6 +251,11 @@ class AdaptedModule(nn.Module):
     def __init__(self, base: nn.Module, adapter: RoutedAdapter, position: str = "after") -> None:
         super().__init__()
         one_of("position", position, POSITIONS)
+        if position == "before" and isinstance(base, nn.MultiheadAttention):
+            raise ValueError(
+                "position='before' nn.MultiheadAttention would adapt the query and neither key nor "
+                "value: adapt the norm in front of it, with position='after'"
+            )
         self.base = base
         self.adapter = adapter
         self.position = position
@@ -265,11 +275,12 @@ class AdaptedModule(nn.Module):
             if isinstance(out, tuple):
                 return (self.adapter(out[0]), *out[1:])
             return self.adapter(out)
-        if args:
-            return self.base(self.adapter(args[0]), *args[1:], **kwargs)
-        if "hidden_states" not in kwargs:
+        if "hidden_states" in kwargs:
+            kwargs["hidden_states"] = self.adapter(kwargs["hidden_states"])
+            return self.base(*args, **kwargs)
+        if not args:
             raise ValueError(
                 f"{self.adapter.label}: called without positional arguments or hidden_states, so "
                 "that there is nothing to adapt in front of it"
             )
-        return self.base(**{**kwargs, "hidden_states": self.adapter(kwargs["hidden_states"])})
+        return self.base(self.adapter(args[0]), *args[1:], **kwargs)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .bottleneck import Bottleneck
 from .checkpoint import check_tensors, copy_tensors
+from .checks import shown
 from .modules import RoutedAdapter, RoutedLinear
 
 # Parameters of our layers by what the published code calls them, behind the path of their module.
@@ -61,7 +62,7 @@ def load_published(
     """
     layers = into if isinstance(into, Mapping) else getattr(into, "layers", None)
     if not isinstance(layers, Mapping) or not layers:
-        raise ValueError(f"into must be what attach returned, or layers by name; got {into!r}")
+        raise ValueError(f"into must be what attach returned, or layers by name; got {shown(into)}")
     if not isinstance(tensors, Mapping) or not all(isinstance(key, str) for key in tensors):
         raise ValueError(f"tensors must be tensors by name, got {type(tensors).__name__}")
     paths = _paths(layers, {} if names is None else names)
@@ -112,7 +113,7 @@ def _endings(name: str, layer: Bottleneck) -> dict[str, str]:
 
 def _values(called: str, tensor: object) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{called} must be a tensor, got {type(tensor).__name__}")
+        raise ValueError(f"tensors: {called} must be a tensor, got {shown(tensor)}")
     if tensor.is_meta:
         raise ValueError(f"{called} is on the meta device, which holds no values")
     return tensor

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import probability
+from .checks import probability, shown
 from .routes import Operand
 from .routing import Routing
 from .routing_input import RoutingInput
@@ -51,7 +51,7 @@ class Dropout:
         for name in ("keep_h", "keep_r"):
             keep = getattr(self, name)
             if keep is not None and (not isinstance(keep, Tensor) or keep.dtype != torch.bool):
-                raise ValueError(f"{name} must be a bool tensor")
+                raise ValueError(f"{name} must be a bool tensor or None, got {shown(keep)}")
         if self.keep_r is not None and self.keep_r.dim() == 2:
             object.__setattr__(self, "keep_r", self.keep_r.unsqueeze(1))
 

@@ -12,12 +12,12 @@ x_v (…, Nv, C); leading axes are sample and group. Any floating dtype, any dev
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import one_of
+from .checks import one_of, shown
 
 Mix = Literal["identity", "shift", "scale", "rank1", "matrix"]
 
@@ -28,6 +28,8 @@ MIXES: dict[str, Callable[..., Tensor]] = {
     "rank1": lambda x_t, u, w: (x_t * u).sum(-1, keepdim=True) * w,
     "matrix": lambda x_t, K: x_t @ K,
 }
+
+TAKES = {"identity": 0, "shift": 1, "scale": 1, "rank1": 2, "matrix": 1}  # tensors
 
 FIRST: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x_t: x_t, "relu": torch.relu}
 
@@ -50,6 +52,25 @@ class Operand(
         return MIXES[self.mix](x_t, *self.tensors)
 
 
+def check_operand(argument: str, given: Any) -> None:
+    """An Operand of a mix that there is, of tensors as many as it takes; else a ValueError."""
+    known = isinstance(given, Operand) and given.mix in TAKES
+    if not known or len(given.tensors) != TAKES[given.mix]:
+        shows = f"{given.mix} of {len(given.tensors)}" if isinstance(given, Operand) else None
+        raise ValueError(
+            f"{argument} must be identity(), shift(w), scale(w), rank1(u, w) or matrix(K), got "
+            f"{shows or type(given).__name__}"
+        )
+    for tensor in given.tensors:
+        _tensor(f"{argument} {given.mix}", tensor)
+
+
+def _tensor(argument: str, given: Any) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{argument} must be a tensor, got {shown(given)}")
+    return given
+
+
 def identity() -> Operand:
     """z = x_t."""
     return Operand("identity")
@@ -57,22 +78,22 @@ def identity() -> Operand:
 
 def shift(w: Tensor) -> Operand:
     """z = x_t + w, w (…, 1, C)."""
-    return Operand("shift", (w,))
+    return Operand("shift", (_tensor("w", w),))
 
 
 def scale(w: Tensor) -> Operand:
     """z = x_t ∘ w, w (…, 1, C)."""
-    return Operand("scale", (w,))
+    return Operand("scale", (_tensor("w", w),))
 
 
 def rank1(u: Tensor, w: Tensor) -> Operand:
     """z = ⟨x_t, u⟩ w, u and w (…, 1, C)."""
-    return Operand("rank1", (u, w))
+    return Operand("rank1", (_tensor("u", u), _tensor("w", w)))
 
 
 def matrix(K: Tensor) -> Operand:
     """z = x_t K, K (…, C, C)."""
-    return Operand("matrix", (K,))
+    return Operand("matrix", (_tensor("K", K),))
 
 
 @dataclass(frozen=True)
@@ -103,8 +124,12 @@ class Route:
         one_of("takes", self.takes, ("nothing", "vector", "tokens"))
         one_of("first", self.first, FIRST)
         one_of("scores", self.scores, ("image", "text"))
-        if not self.name.isidentifier():
+        if not isinstance(self.name, str) or not self.name.isidentifier():
             raise ValueError(f"name must be a Python identifier, got {self.name!r}")
+        for name in ("prepare", "published"):
+            function = getattr(self, name)
+            if not callable(function) and (name == "prepare" or function is not None):
+                raise ValueError(f"{name} must be callable, got {shown(function)}")
 
     def __reduce__(self) -> str | tuple[object, ...]:
         # prepare is often a lambda, which pickles by name only: so does a route of the table
@@ -206,8 +231,10 @@ class RouteTable(Mapping[str, Route]):
         """Adds a user's route, so that configurations and checkpoints can name it.
 
         Raises:
-            ValueError: a built-in route has this name. One's own are replaced.
+            ValueError: no Route, or a built-in one has this name. One's own are replaced.
         """
+        if not isinstance(route, Route):
+            raise ValueError(f"route must be a Route, got {shown(route)}")
         if route.name in self._built_in:
             raise ValueError(
                 f"name={route.name!r} is taken; built-in routes: {', '.join(self._built_in)}"

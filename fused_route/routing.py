@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import one_of
-from .routes import FIRST, ROUTES, Operand, Route, rank1, reshaped
+from .routes import FIRST, ROUTES, Operand, Route, check_operand, rank1, reshaped
 
 MODES = {
     "transpose": ("exact", "eccv24"),
@@ -34,7 +34,10 @@ def pooled(x_v: Tensor, mask: Tensor | None, pool: str) -> Tensor:
         return x_v.mean(-2, keepdim=True) if pool == "mean" else x_v[..., :1, :]
     if pool == "mean":
         count = mask.sum(-1).clamp_min(1)[:, None, None, None]
-        return x_v.sum(-2, keepdim=True) / count.to(x_v.dtype)
+        wide = torch.promote_types(
+            x_v.dtype, torch.float32
+        )  # a sum may overflow where no mean does
+        return (x_v.sum(-2, keepdim=True, dtype=wide) / count).to(x_v.dtype)
     index = mask.to(torch.uint8).argmax(-1)[:, None, None, None]
     return x_v.gather(-2, index.expand(*x_v.shape[:2], 1, x_v.shape[-1]))
 
@@ -183,11 +186,7 @@ class Routing:
         Raises:
             ValueError: no operand, or one that does not fit x_v of this shape (B, G, Nv, C).
         """
-        if not isinstance(operand, Operand):
-            raise ValueError(
-                f"route {self.route.name!r}: prepare must return identity(), shift(w), scale(w), "
-                f"rank1(u, w) or matrix(K), got {type(operand).__name__}"
-            )
+        check_operand(f"route {self.route.name!r}: what prepare returns", operand)
         B, G, Nv, C = x_v
         rows = {"matrix": (C,)}.get(operand.mix, (1, Nv) if self.transpose == "eccv24" else (1,))
         for tensor in operand.tensors:

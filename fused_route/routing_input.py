@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .routes import Operand
+from .checks import floating, shown, whole
+from .routes import Operand, check_operand
 
 INDEX_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)  # signed: −1 marks padding
 
@@ -41,9 +42,7 @@ class RoutingInput:
     longest: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.x_r, Tensor) or not self.x_r.is_floating_point():
-            given = self.x_r.dtype if isinstance(self.x_r, Tensor) else type(self.x_r).__name__
-            raise ValueError(f"x_r must be a floating-point tensor, got {given}")
+        floating("x_r", self.x_r)
         if self.x_r.dim() == 2:
             object.__setattr__(self, "x_r", self.x_r.unsqueeze(1))
         if self.x_r.dim() != 3 or self.x_r.shape[1] == 0:
@@ -53,7 +52,9 @@ class RoutingInput:
         for name in ("mask", "sample_index", "x_v"):
             given = getattr(self, name)
             if not isinstance(given, (Tensor, type(None))):
-                raise ValueError(f"{name} must be a tensor, got {type(given).__name__}")
+                raise ValueError(f"{name} must be a tensor, got {shown(given)}")
+            if given is not None and given.device != self.x_r.device:
+                raise ValueError(f"{name} is on {given.device}, x_r is on {self.x_r.device}")
         self._check_prepared()
         if self.mask is not None:
             self._check_mask(self.mask)
@@ -65,13 +66,15 @@ class RoutingInput:
 
     def _check_prepared(self) -> None:
         x_v, operand = self.x_v, self.operand
-        if x_v is not None and (x_v.dim() != 3 or x_v.shape[:2] != self.x_r.shape[:2]):
+        if x_v is not None and (
+            floating("x_v", x_v).dim() != 3 or x_v.shape[:2] != self.x_r.shape[:2]
+        ):
             raise ValueError(
                 f"x_v must be (B, Nv, R) with (B, Nv) = {tuple(self.x_r.shape[:2])}, got "
                 f"{tuple(x_v.shape)}"
             )
-        if operand is not None and not isinstance(operand, Operand):
-            raise ValueError(f"operand must be an Operand, got {type(operand).__name__}")
+        if operand is not None:
+            check_operand("operand", operand)
 
     def _check_mask(self, mask: Tensor) -> None:
         if mask.dtype != torch.bool or mask.shape != self.x_r.shape[:2]:
@@ -123,6 +126,7 @@ class RoutingInput:
             ValueError: packed sequences, which have no batch axis to expand, or what was made for
                 one layer already.
         """
+        whole("beams", beams)
         if self.x_v is not None or self.operand is not None:
             raise ValueError("x_v or operand is given: repeat x_r before it is projected")
         if self.sample_index is not None:
@@ -131,7 +135,16 @@ class RoutingInput:
         return RoutingInput(self.x_r.repeat_interleave(beams, 0), mask)
 
     def of(self, x_r: Tensor) -> "RoutingInput":
-        """The same samples, valid tokens and rows with other features (B, Nv, d')."""
+        """The same samples, valid tokens and rows with other features (B, Nv, d').
+
+        Raises:
+            ValueError: features of other samples or tokens.
+        """
+        if floating("x_r", x_r).dim() != 3 or x_r.shape[:2] != self.x_r.shape[:2]:
+            raise ValueError(
+                f"x_r must be (B, Nv, d) with (B, Nv) = {tuple(self.x_r.shape[:2])}, got "
+                f"{tuple(x_r.shape)}"
+            )
         return self._with(x_r=x_r, x_v=None, operand=None)
 
     def projected(self, x_v: Tensor) -> "RoutingInput":
@@ -154,19 +167,25 @@ def masked_mean(states: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         states: hidden states of a text, as a rule an encoder's.
-        mask: (B, T), true or 1 where a token is valid; None: all are. Where none is, 0.
+        mask: (B, T) bool or integers, true or 1 where a token is valid; None: all are. Where none
+            is, 0.
 
     Raises:
         ValueError: shapes other than these.
     """
-    if not isinstance(states, Tensor) or states.dim() != 3:
-        given = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
-        raise ValueError(f"states must be a tensor (B, T, d), got {given}")
+    if not isinstance(states, Tensor) or not states.is_floating_point() or states.dim() != 3:
+        raise ValueError(f"states must be a floating-point tensor (B, T, d), got {shown(states)}")
+    # In half precision the sum of a long text would overflow.
+    wide = torch.promote_types(states.dtype, torch.float32)
     if mask is None:
-        return states.sum(1, keepdim=True) / max(states.shape[1], 1)
-    if not isinstance(mask, Tensor) or mask.shape != states.shape[:2]:
-        given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"mask must be a tensor (B, T) = {tuple(states.shape[:2])}, got {given}")
+        total = states.sum(1, keepdim=True, dtype=wide)
+        return (total / max(states.shape[1], 1)).to(states.dtype)
+    is_tensor = isinstance(mask, Tensor) and not mask.is_floating_point()
+    if not is_tensor or mask.shape != states.shape[:2] or mask.device != states.device:
+        raise ValueError(
+            f"mask must be a bool or integer tensor (B, T) = {tuple(states.shape[:2])} on "
+            f"{states.device}, got {shown(mask)}"
+        )
     valid = mask.bool().unsqueeze(-1)
-    total = states.masked_fill(~valid, 0.0).sum(1, keepdim=True)  # NaN in padding stays there
-    return total / valid.sum(1, keepdim=True).clamp_min(1).to(states.dtype)
+    total = states.masked_fill(~valid, 0.0).sum(1, keepdim=True, dtype=wide)  # without their NaN
+    return (total / valid.sum(1, keepdim=True).clamp_min(1)).to(states.dtype)

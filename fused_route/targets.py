@@ -1,11 +1,13 @@
 """Finding the modules of a model that a configuration names."""
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from .checks import shown
 from .config import RoutedConfig
 
 
@@ -69,9 +71,9 @@ def is_named(name: str, patterns: str | Sequence[str]) -> bool:
     if isinstance(patterns, str):
         try:
             return re.fullmatch(patterns, name) is not None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"target_modules={patterns!r} is no regular expression: {error}"
+                f"target_modules={shown(patterns)} is no regular expression: {error}"
             ) from None
     return any(name == item or name.endswith(f".{item}") for item in patterns)
 
@@ -92,15 +94,21 @@ def layer_index(name: str, pattern: str | Sequence[str] | None) -> int | None:
     return None if block is None else int(block.rpartition(".")[2])
 
 
+# Models whose attention says that it is not causal, and is by its mask.
+CAUSAL_BY_MASK = ("clip_text_model", "xclip_text_model", "owlvit_text_model")
+
+
 def is_causal(model: nn.Module, name: str) -> bool:
     """Whether the named module sits in a decoder, where a token must not see later ones.
 
-    Looks for the nearest enclosing module with an attention that says whether it is causal; where
-    none says, a model that generates without an encoder is one.
+    The nearest enclosing module that says so decides: torch's decoders, attentions by their flags,
+    Hugging Face models by the kind of their configuration.
     """
-    for end in range(name.count("."), 0, -1):
+    for end in range(name.count("."), -1, -1):
         enclosing = model.get_submodule(".".join(name.split(".")[:end]))
         if isinstance(enclosing, (nn.TransformerDecoder, nn.TransformerDecoderLayer)):
+            return True
+        if getattr(_config(enclosing), "model_type", None) in CAUSAL_BY_MASK:
             return True
         said = [
             bool(getattr(module, flag))
@@ -108,12 +116,34 @@ def is_causal(model: nn.Module, name: str) -> bool:
             for flag in ("is_causal", "is_decoder")
             if isinstance(getattr(module, flag, None), bool)
         ]
-        if said:
+        if said and enclosing is not model:
             return any(said)
-    config = getattr(model, "config", None)
-    generates = getattr(model, "can_generate", None)
-    is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
-    return bool(callable(generates) and generates() and not is_encoder_decoder)
+        decoder = _is_decoder(_config(enclosing))
+        if decoder is not None:
+            return decoder
+    return False
+
+
+def _config(module: nn.Module) -> object:
+    """A Hugging Face model's configuration."""
+    return getattr(module, "config", None) if "transformers" in sys.modules else None
+
+
+def _is_decoder(config: object) -> bool | None:
+    """Whether models of this configuration generate from left to right; None where it is none.
+
+    Kinds that can do both, such as BERT, do it where the configuration says is_decoder.
+    """
+    if not hasattr(config, "model_type"):
+        return None
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    from transformers.models.auto import modeling_auto
+
+    causal = getattr(modeling_auto, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {})
+    masked = getattr(modeling_auto, "MODEL_FOR_MASKED_LM_MAPPING_NAMES", {})
+    kind = config.model_type
+    return getattr(config, "is_decoder", False) or (kind in causal and kind not in masked)
 
 
 def _in_layers(config: RoutedConfig) -> str:

@@ -63,7 +63,7 @@ class Following:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set from the arguments of the module's forward."""
-        self.context.push()
+        self.context.push(self)
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         if self.routed_by == "text":
             mask = given.get("attention_mask")
@@ -76,7 +76,7 @@ class Following:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         """Set back, whether or not the call succeeded."""
-        self.context.pop()
+        self.context.pop(self)
 
 
 def _around(module: nn.Module, following: Following) -> list[RemovableHandle]:

@@ -87,7 +87,7 @@ def operand_partials(
             dx_v = u_gradient(dz, x_t, w_ptr, sample, routed, W, FIRST, G, R, R_PAD)
             if U == "relu":
                 x_v = bottleneck_tile(u_ptr, sample.to(tl.int64), routed, R, R_PAD)
-                dx_v = tl.where(x_v > 0.0, dx_v, 0.0)
+                dx_v = tl.where(x_v <= 0.0, 0.0, dx_v)  # NaN passes, as in torch
         if W != "one":
             dx_v += w_gradient(dz, x_t, u_ptr, sample, routed, MIX, U, FIRST, G, R, R_PAD)
         sum_by_sample(dx_v, dw_ptr, sample, inside, routed, R, R_PAD)

@@ -244,7 +244,7 @@ def mix_backward(
     else:
         dx = dz
     if FIRST == "relu":
-        dx = tl.where(x_t > 0.0, dx, 0.0)
+        dx = tl.where(x_t <= 0.0, 0.0, dx)  # NaN passes, as in torch
     return tl.where(routed[:, None], dx, dz)
 
 
@@ -299,7 +299,7 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "none":
         slope = tl.full(z.shape, 1.0, tl.float32)
     elif ACTIVATION == "relu":
-        slope = tl.where(z > 0.0, 1.0, 0.0)
+        slope = tl.where(z <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         slope = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density

@@ -450,7 +450,10 @@ def test_what_a_layer_refuses() -> None:
     for arguments, message in (
         ({"base": nn.Identity()}, "does not tell its widths"),
         ({"base": len}, "base must be a module, got builtin_function_or_method"),
-        ({"adapted": (3,), "of": 2}, r"adapted=\(3,\) must be distinct segments from 0 to 1"),
+        (
+            {"adapted": (3,), "of": 2},
+            r"adapted must be distinct segments from 0 to 1, .* got \(3,\)",
+        ),
         ({"of": 3}, "of=3 does not divide"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"rank": 0}, "rank must be a whole number"),
@@ -470,7 +473,11 @@ def test_what_a_call_refuses() -> None:
     for given, x, message in (
         (RoutingInput(x_r), x_h[:1], r"x_h must be \(B, …, d\) with B = 2, .* got \(1, 3, 16\)"),
         (RoutingInput(x_r), x_h[..., 1:], r"d = 16; got \(2, 3, 15\)"),
-        (RoutingInput(x_r), x_h[0, 0], r"x_h must be a tensor \(B, …, d\), got \(16,\)"),
+        (
+            RoutingInput(x_r),
+            x_h[0, 0],
+            r"x_h must be a floating-point tensor \(B, …, d\), got .*\(16,\)",
+        ),
         (RoutingInput(x_r), x_h.double(), "A_text is torch.float32, x_h is torch.float64"),
         (packed, x_h[0], "sample_index is given: cross-attention takes no packed sequences"),
     ):

@@ -218,7 +218,7 @@ def test_another_manifest(change: dict[str, object], file: Path, tmp_path: Path)
 
 
 def test_no_bundle(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere\.tar does not exist"):
+    with pytest.raises(ValueError, match=r"nowhere\.tar' does not exist"):
         bundle.load(tmp_path / "nowhere.tar")
     with pytest.raises(ValueError, match="holds no bundle"):
         bundle.load(tmp_path)

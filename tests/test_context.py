@@ -38,7 +38,7 @@ def test_layers_refuse_what_does_not_match() -> None:
     ("given", "message"),
     [
         (lambda: RoutingInput(torch.zeros(2, 3, dtype=torch.int64)), "floating-point"),
-        (lambda: RoutingInput([1.0]), "floating-point tensor, got list"),  # type: ignore[arg-type]
+        (lambda: RoutingInput([1.0]), "floating-point tensor, got"),  # type: ignore[arg-type]
         (lambda: RoutingInput(torch.zeros(2, 3, 4, 5)), r"got \(2, 3, 4, 5\)"),
         (lambda: RoutingInput(torch.zeros(2, 0, 4)), "Nv ≥ 1"),
         (lambda: RoutingInput(torch.zeros(2, 3, 4), torch.ones(2, 3)), "mask must be bool"),
@@ -48,7 +48,7 @@ def test_layers_refuse_what_does_not_match() -> None:
         (lambda: indexed([-2, 0]), "from -2 to 0"),
         (lambda: RoutingInput(torch.zeros(2, 4), None, torch.zeros(3)), "integers"),
         (lambda: RoutingInput(torch.zeros(2, 4), None, torch.ones(3).bool()), "integers"),
-        (lambda: RoutingInput(torch.zeros(2, 4), [True]), "mask must be a tensor, got list"),  # type: ignore[arg-type]
+        (lambda: RoutingInput(torch.zeros(2, 4), [True]), "mask must be a tensor, got"),  # type: ignore[arg-type]
     ],
 )
 def test_routing_input_refuses(given: object, message: str) -> None:
@@ -173,3 +173,43 @@ def test_checkpointing_recomputes_with_the_image_of_its_forward(clear: str) -> N
     assert (repr(routed.context) == "RoutingContext(empty)") == (last is None)
     if last is not None:
         assert torch.equal(routed.context.get(D, "layer").x_r, last)
+
+
+def test_image_and_text_mask_are_set_apart_and_cleared_together() -> None:
+    context, x_h = RoutingContext(), torch.randn(2, 3, D)
+    context.set(text_mask="all")
+    context.set(torch.randn(2, D))
+    assert context.pooled(x_h, "layer").batch_size == context.get(D, "layer").batch_size == 2
+    context.set(text_mask=torch.ones(2, 3).int())
+    assert context.get(D, "layer").batch_size == 2
+    context.clear()
+    for ask in (lambda: context.get(D, "layer"), lambda: context.pooled(x_h, "layer")):
+        with pytest.raises(ValueError, match="layer"):
+            ask()
+
+
+def test_hooks_pop_only_what_they_pushed() -> None:
+    context, mine, other = RoutingContext(), object(), object()
+    context.set(torch.randn(2, D))
+    context.push(mine)
+    context.set(torch.randn(3, D))
+    context.pop(other)
+    assert context.get(D, "layer").batch_size == 3
+    context.pop(mine)
+    assert context.get(D, "layer").batch_size == 2
+    context.pop(mine)
+    assert context.get(D, "layer").batch_size == 2
+
+
+def test_what_a_recomputed_block_sets_does_not_stand_in_the_way() -> None:
+    routed = layer()
+    image, x_h = torch.randn(2, D), torch.randn(2, 3, D, requires_grad=True)
+
+    def block(x: Tensor) -> Tensor:
+        routed.context.set(image)  # by itself, not for a `with` block
+        y: Tensor = routed(x)
+        return y
+
+    with routed.context.using(torch.randn(2, D)):
+        checkpoint(block, x_h, use_reentrant=False).sum().backward()
+        assert routed(x_h).shape == x_h.shape

@@ -1,5 +1,7 @@
 """Trainable parameters of the published configurations, built from configs (no memory: meta)."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,6 +91,26 @@ def test_published_counts(name: str) -> None:
         assert sum(p.numel() for p in attached.model.parameters()) == total
     stored = sum(tensor.numel() for tensor in attached.tensors().values())
     assert stored == expected  # what trains is what a checkpoint holds
+
+
+def test_the_readme_says_so() -> None:
+    """The snippet's own configurations are the ones that were counted."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = (
+        b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "gpt2_lora" in b
+    )
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    for name, count, total in (
+        ("gpt2_lora", "4,783,104", "129,158,400"),
+        ("gpt2_adapter", "2,406,912", "126,809,856"),
+    ):
+        with torch.device("meta"):
+            model = gpt2()
+        attached = attach(model, names[name])
+        assert f"{sum(p.numel() for p in attached.trainable_parameters()):,}" == count
+        assert f"{sum(p.numel() for p in model.parameters()):,}" == total
+        assert f"# {count} of {total}" in block
 
 
 @pytest.mark.parametrize("route", ["add", "mul", "gram", "expand", "gram_relu", "ones"])

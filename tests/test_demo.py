@@ -63,9 +63,9 @@ def foreign(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--image": "nowhere.png"}, "nowhere.png does not exist"),
+        ({"--image": "nowhere.png"}, "image must be a picture's file: nowhere.png does not exist"),
         ({"--image": __file__}, "is not an image"),
-        ({"--image": ""}, "image is empty"),
+        ({"--image": ""}, "image must be a picture's file: image is empty"),
         ({"--question": "  "}, "question is empty"),
         ({"--question": "what color " * 3000}, "tokens; the model takes 512"),
         ({"--adapter": "nowhere"}, "adapter='nowhere' is no directory"),

@@ -23,6 +23,7 @@ from fused_route import (
     fold,
     matrix,
     merge,
+    unfold,
 )
 from fused_route.bottleneck import Bottleneck
 from fused_route.fold import BesideDown, IntoDown, IntoHost
@@ -167,16 +168,55 @@ def test_adapters_with_a_norm_fold(norm: str) -> None:
 
 
 def test_beams_share_an_image() -> None:
-    for host, into, B in (
-        ("linear", "host", 1), ("linear", "bottleneck", 1), ("adapter", "bottleneck", 2)
-    ):  # fmt: skip
-        made = layer(host, "mul")
+    for host, route, into, B in (
+        ("linear", "mul", "host", 1),
+        ("linear", "mul", "bottleneck", 1),
+        ("linear", "add", "bottleneck", 1),
+        ("adapter", "mul", "bottleneck", 2),
+    ):
+        made = layer(host, route)
         x_h, given = torch.randn(3 * B, 2, D), RoutingInput(torch.randn(B, D))
         expected = routed(made, x_h, given.repeated(3))
         with fold(made, given, into=into, beams=3):
             torch.testing.assert_close(made(x_h), expected)
-            with pytest.raises(ValueError, match=f"for a batch of {3 * B} folded in, x_h is a"):
+            if B == 1:  # the image of every row there is
+                torch.testing.assert_close(made(x_h[:1]), expected[:1])
+                continue
+            with pytest.raises(ValueError, match="for a batch of 6 folded in, x_h is a batch of 1"):
                 made(x_h[:1])
+
+
+def test_folding_costs_one_projection_of_the_image() -> None:
+    model = nn.ModuleDict({str(i): nn.Linear(D, D) for i in range(6)})
+    attached = attach(model.eval(), RoutedConfig(r"\d", r=2, visual_width=5), project="together")
+    runs: list[int] = []
+    assert attached.projector is not None
+    attached.projector.register_forward_hook(lambda *_: runs.append(1))
+    with fold(model, torch.randn(1, 5)):
+        assert runs == [1]
+
+
+@pytest.mark.parametrize("into", ["bottleneck", "host"])
+def test_folded_layers_compile(into: str) -> None:
+    model = nn.Sequential(layer("linear", "mul"), layer("linear", "gram")).eval()
+    x_h = torch.randn(1, 3, D)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad(), fold(model, torch.randn(1, D), into=into):
+        torch.testing.assert_close(compiled(x_h), model(x_h))
+
+
+def test_models_of_inference_mode_fold() -> None:
+    with torch.inference_mode():
+        made, x_h, x_r = layer("linear", "mul"), torch.randn(1, 3, D), torch.randn(1, D)
+        expected = routed(made, x_h, x_r)
+        with fold(made, x_r):
+            torch.testing.assert_close(made(x_h), expected)
+
+
+def test_a_dropout_mask_is_not_folded_in() -> None:
+    made = layer("linear", "mul", inner_rank=2, dropout=0.9).train()
+    with pytest.raises(ValueError, match=r"is in training mode: call model\.eval"):
+        fold(made, torch.randn(1, D))
 
 
 def generated(model: Any, around: Callable[[], Any]) -> Tensor:
@@ -205,7 +245,7 @@ def test_a_model_generates_with_a_folded_image(into: str) -> None:
 
 def called(route: str = "mul") -> RoutedLinear:
     """A layer around a function."""
-    return RoutedLinear(lambda x: x, 2, route=route, in_features=D, out_features=D)
+    return RoutedLinear(lambda x: x, 2, route=route, in_features=D, out_features=D).eval()
 
 
 def test_what_cannot_be_folded_is_refused() -> None:
@@ -252,16 +292,24 @@ def test_a_folded_layer_cannot_be_changed_unseen() -> None:
     ):
         with fold(made.eval(), x_r), pytest.raises(ValueError, match=message):
             change()
-    with fold(made.eval(), x_r) as folded:
-        made.B.data.add_(1.0)
-        made(x_h)  # .data hides the change from torch too
-        with torch.no_grad():
-            made.B.add_(1.0)
-        with pytest.raises(ValueError, match="has changed since an image was folded in"):
-            made(x_h)
-        folded.unfold()
-        with fold(made, x_r, into="host"), pytest.raises(ValueError, match="takes x_h alone"):
-            made(x_h, 3)
+    assert isinstance(made, RoutedLinear)
+
+    def scaled() -> None:
+        made.alpha *= 2
+
+    for change in (
+        lambda: made.B.add_(1.0),
+        lambda: setattr(made.B, "data", made.B.data + 1),
+        lambda: setattr(made, "B", nn.Parameter(made.B.detach())),
+        scaled,
+    ):
+        with torch.no_grad(), fold(made.eval(), x_r) as folded:
+            change()
+            with pytest.raises(ValueError, match="has changed since an image was folded in"):
+                made(x_h)
+    assert folded.layers == []
+    with fold(made, x_r, into="host"), pytest.raises(ValueError, match="takes x_h alone"):
+        made(x_h, 3)
 
 
 def test_copies_of_a_folded_model_work() -> None:
@@ -271,7 +319,7 @@ def test_copies_of_a_folded_model_work() -> None:
         copies = copy.deepcopy(made), pickle.loads(pickle.dumps(made))
     for copied in copies:
         assert torch.equal(copied(x_h), expected)
-        copied.folded = None
+        unfold(copied)
         with pytest.raises(ValueError, match="has no routing input"):
             copied(x_h)
 
@@ -303,7 +351,12 @@ def test_merging_an_attached_model() -> None:
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     expected = model(IDS)[0]
+    running = nn.BatchNorm1d(3)
+    running.running_mean = torch.randn(3)
+    model.add_module("statistics", running)
     assert attached.merge() is model
+    assert running.running_mean.any()
+    del model.statistics
     assert model.state_dict().keys() == keys
     torch.testing.assert_close(model(IDS)[0], expected, rtol=1e-4, atol=1e-5)
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -314,7 +367,7 @@ def test_merging_an_attached_model() -> None:
 def test_what_cannot_be_merged_is_refused() -> None:
     tied = nn.Sequential(layer("without_bias", "none"), nn.Linear(D, D))
     base: Any = tied[0].base
-    tied[1].weight = base.weight
+    tied[1].weight = nn.Parameter(base.weight.data)
     for model, message in (
         (layer("linear", "mul"), "no weight holds it for all images; fold"),
         (layer("adapter", "none"), "is an adapter: only routed linear layers merge"),
@@ -327,5 +380,14 @@ def test_what_cannot_be_merged_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             merge(model)
         assert_untouched(model, before)
+    shared = layer("linear", "none")
+    twice = nn.ModuleDict({"a": shared, "b": shared})
+    merge(twice)
+    assert twice["a"] is twice["b"] is shared.base
+    model = nn.Sequential(nn.Linear(D, D))
+    attached = attach(model, RoutedConfig(["0"], route="none"))
+    merge(model)
+    with pytest.raises(ValueError, match="were merged into the model: there is no way back"):
+        attached.detach()
     alone = layer("linear", "none")
     assert isinstance(alone, RoutedLinear) and merge(alone) is alone.base

@@ -296,8 +296,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "p drop": (lambda: routed_linear(X, A4, B4, X, weight=W, dropout=1.5), "dropout must be in"),
     "weight": (lambda: routed_linear(X, A4, B4, X, weight=W[:, 1:]), "weight must be"),
     "bias length": (lambda: routed_linear(X, A4, B4, X, weight=W, bias=W[0, :1]), "bias must be"),
-    "list": (lambda: routed_linear(X, A4, [1], X, weight=W), "B must be a tensor, got list"),  # type: ignore[arg-type]
-    "x_h list": (lambda: routed_linear([1], A4, B4, X, weight=W), "x_h must be a tensor"),  # type: ignore[arg-type]
+    "list": (lambda: routed_linear(X, A4, [1], X, weight=W), r"B must be a tensor, got \[1\]"),  # type: ignore[arg-type]
+    "x_h list": (lambda: routed_linear([1], A4, B4, X, weight=W), "x_h must be a floating"),  # type: ignore[arg-type]
     "device": (lambda: routed_linear(X, A4.to("meta"), B4, X, weight=W), "A is on meta, x_h is on"),
     "x_r device": (lambda: routed_linear(X, A4, B4, X.to("meta"), weight=W), "x_r is on meta"),
     "dtype": (lambda: routed_linear(X, A4, B4.half(), X, weight=W), "B is torch.float16"),
@@ -322,7 +322,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "base_out": (lambda: routed_linear(X, A4, B4, X, base_out=X[:, :2]), "base_out must be"),
     "A": (lambda: routed_linear(X, A4.T, B4, X, weight=W), r"A must be \(R, d\) with d = 8"),
     "B": (lambda: routed_linear(X, A4, B12, X, weight=W), r"B must be \(g·n, r\) = \(8, 4\)"),
-    "x_h": (lambda: routed_linear(X[0, 0], A4, B4, X, weight=W), "x_h must be a tensor"),
+    "x_h": (lambda: routed_linear(X[0, 0], A4, B4, X, weight=W), "x_h must be a floating"),
     "x_r": (lambda: routed_linear(X, A4, B4, weight=W), "x_r is missing"),
     "x_r width": (lambda: routed_linear(X, A4, B4, X[..., 1:], weight=W), "x_r has width 7"),
     "triton": (lambda: routed_linear(X, A4, B4, X, weight=W, impl="triton"), "not on a GPU"),

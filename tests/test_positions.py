@@ -7,7 +7,14 @@ import torch
 from kernel_cases import DTYPES, module_compared
 from test_attach import IDS, bart, bert, gpt2
 from torch import Tensor, nn
-from transformers import BertForSequenceClassification, BertLMHeadModel
+from transformers import (
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from fused_route import Attached, RoutedAdapter, RoutedConfig, RoutedLinear, attach
 from fused_route.modules import AdaptedModule
@@ -197,6 +204,97 @@ def test_what_cannot_be_placed_is_refused() -> None:
     assert adapted(torch.randn(1, 2, 8)).shape == (1, 2, 8) and adapted.in_features == 8
 
 
+def test_an_adapter_is_as_its_target_is() -> None:
+    """Mode, device and dtype of what it is put to, also where that tells no weight itself."""
+    for targets in (["attn"], ["attn.resid_dropout"], ["ln_1"]):
+        model = gpt2().to(torch.bfloat16).eval()
+        attached = attach(model, RoutedConfig(targets, host="adapter", r=2, dropout=0.5))
+        expected = torch.float32 if targets == ["attn.resid_dropout"] else torch.bfloat16
+        for layer in attached.layers.values():
+            assert not layer.training and layer.A.dtype == expected
+        attached.detach()
+        attached = attach(model.train(), RoutedConfig(targets, host="adapter", r=2))
+        assert all(layer.training for layer in attached.layers.values())
+
+
+def test_width_is_that_of_the_side_it_stands_on() -> None:
+    model = nn.ModuleDict({"dense": nn.Linear(8, 6)})
+    for position, width in (("before", 8), ("after", 6)):
+        attached = attach(model, RoutedConfig(["dense"], host="adapter", position=position, r=2))
+        assert attached.layers["dense"].d == width
+        attached.detach()
+    adapter = RoutedAdapter(8, 2, "none")
+    with pytest.raises(
+        ValueError, match=r"x_h must be \(…, 8\) for RoutedAdapter, got .*\(2, 3, 6\)"
+    ):
+        adapter(torch.randn(2, 3, 6))
+
+
+def test_in_front_of_a_module_it_adapts_the_hidden_states() -> None:
+    class Cross(nn.Module):
+        def forward(self, other: Tensor, hidden_states: Tensor) -> Tensor:
+            return other + hidden_states
+
+    adapter = RoutedAdapter(8, 2, "none")
+    nn.init.normal_(adapter.B)
+    x, other = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    adapted = AdaptedModule(Cross(), adapter, "before")
+    torch.testing.assert_close(adapted(other, hidden_states=x), other + adapter(x))
+    with pytest.raises(ValueError, match="would adapt the query and neither key nor value"):
+        AdaptedModule(nn.MultiheadAttention(8, 2), adapter, "before")
+
+
+def llama(**settings: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=2, **settings)
+    )  # fmt: skip
+
+
+def test_norms_of_other_kinds_and_other_indices() -> None:
+    attached = attach(llama(), RoutedConfig(["q_proj"], train=("norms",)))
+    assert sum("norm" in name for name in attached.tensors()) == 4  # not the last, in no block
+    towers = nn.ModuleList(
+        nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])}) for _ in "ab"
+    )
+    config: dict[str, Any] = {
+        "target_modules": ["dense"],
+        "host": "adapter",
+        "share": "block",
+        "r": 2,
+    }
+    assert len(set(attach(towers, RoutedConfig(**config)).layers.values())) == 2
+    towers = nn.ModuleList(
+        nn.ModuleDict({"layers": nn.ModuleList([Block(), Block()])}) for _ in "ab"
+    )
+    by_layer = attach(towers, RoutedConfig(**config, layers_pattern="layers", train=("norms",)))
+    assert len(set(by_layer.layers.values())) == 4
+    assert sum("ln" in name for name in by_layer.tensors()) == 8
+    with pytest.raises(ValueError, match="without layers_to_transform, share='block' or train"):
+        RoutedConfig(["dense"], layers_pattern="layers")
+
+
+def test_heads_of_other_models() -> None:
+    attached = attach(llama(), RoutedConfig(["q_proj"], train=("head",)))
+    assert sum("lm_head" in name for name in attached.tensors()) == 1
+    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    t5 = attach(model, RoutedConfig(["q"], train=("head",)))
+    assert sum("lm_head" in name for name in t5.tensors()) == 1
+    with pytest.raises(ValueError, match="train has 'head', in which classifier is a target"):
+        attach(classifier(), RoutedConfig(["classifier"], train=("head",)))
+
+
+def test_a_shared_adapter_loads_where_it_was_only(tmp_path: Any) -> None:
+    both: dict[str, Any] = {"host": "adapter", "share": "block", "r": 2}
+    attach(gpt2(), RoutedConfig(["attn", "mlp"], **both)).save(tmp_path)
+    other = attach(gpt2(), RoutedConfig(["attn"], **both))
+    with pytest.raises(ValueError, match="target_modules is"):
+        other.load(tmp_path)
+    attach(gpt2(), RoutedConfig(["attn", "mlp"], **both)).load(tmp_path)
+
+
 def classifier() -> BertForSequenceClassification:
     model = BertForSequenceClassification(bert().config)
     model.bert = bert()
@@ -237,12 +335,14 @@ def test_what_trains_is_named_and_saved(train: tuple[str, ...], tmp_path: Any) -
 def test_what_cannot_train_is_refused() -> None:
     with pytest.raises(ValueError, match="train must be one of host_bias, norms, pooler, head"):
         RoutedConfig(["query"], train=("embeddings",))
-    with pytest.raises(ValueError, match="train has 'head': the model has no such parameters"):
+    with pytest.raises(
+        ValueError, match="train has 'head': this is no Hugging Face model with a head"
+    ):
         attach(bert(), RoutedConfig(["query"], train=("head",)))
     tied = BertLMHeadModel(bert().config)
     with pytest.raises(ValueError, match=r"train has 'head': .* is tied"):
         attach(tied, RoutedConfig(["query"], train=("head",)))
     without = nn.Sequential(nn.Linear(8, 8, bias=False))
-    with pytest.raises(ValueError, match="train has 'host_bias': the model has no"):
+    with pytest.raises(ValueError, match="train has 'host_bias': no target has a bias"):
         attach(without, RoutedConfig(["0"], train=("host_bias",)))
     assert not isinstance(without[0], RoutedLinear)

@@ -234,7 +234,7 @@ BAD: dict[str, tuple[Callable[[], Any], Any, Any, str]] = {
         lora,
         lora_state() | {KEY: [0.0]},
         None,
-        r"lora_B of h.11.mlp must be a tensor, got list",
+        r"lora_B of h.11.mlp must be a tensor, got",
     ),
     "no values": (
         lora,

@@ -91,7 +91,7 @@ def test_recomputed_gradients_are_exact(way: str, use: str, project: str, host: 
 @pytest.mark.parametrize("way", RAW)
 def test_a_recompute_without_its_image_is_refused(way: str, use: str) -> None:
     blocks, context = model()
-    with pytest.raises(RuntimeError, match=r"0\.0 is recomputed|2\.0 is recomputed"):
+    with pytest.raises(RuntimeError, match=r"[02]\.0 is called inside a backward pass"):
         gradients(blocks, context, RAW[way], use)
     context.clear()  # the error left what was set where it was
     assert len(gradients(blocks, context, DIRECT, use)) == 6
@@ -253,7 +253,6 @@ def test_copies_train_apart(copied: str) -> None:
     other = copy.deepcopy(blocks) if copied == "deepcopy" else pickle.loads(pickle.dumps(blocks))
     mine, theirs = context, other[0][0].adapter.context
     assert theirs is other[2][0].adapter.context is not mine
-    assert theirs.together.layers[0] is other[0][0].adapter  # and so are the layers it projects for
     x, image = torch.randn(2, 4, D), torch.randn(2, D)
     with mine.using(image), theirs.using(image):
         assert torch.equal(blocks(x), other(x))

@@ -73,7 +73,7 @@ WRONG: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "no rows": (lambda x_v: shift(x_v.mean(-2)), "shift takes"),
     "rank1": (lambda x_v: rank1(x_v, x_v[..., :1, :]), "rank1 takes"),
     "matrix": (matrix, "matrix takes"),
-    "a tensor": (lambda x_v: x_v, "prepare must return identity.*got Tensor"),
+    "a tensor": (lambda x_v: x_v, "what prepare returns must be identity.*got Tensor"),
 }
 
 

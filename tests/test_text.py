@@ -6,7 +6,19 @@ import pytest
 import torch
 from test_attach import bart, bert, gpt2
 from torch import Tensor, nn
-from transformers import BartForConditionalGeneration, T5Config, T5Model
+from transformers import (
+    BartForConditionalGeneration,
+    BloomConfig,
+    BloomModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    MambaConfig,
+    MambaModel,
+    OpenAIGPTConfig,
+    OpenAIGPTModel,
+    T5Config,
+    T5Model,
+)
 
 from fused_route import RoutedAdapter, RoutedConfig, RoutedLinear, attach, masked_mean
 
@@ -34,12 +46,15 @@ def test_masked_mean() -> None:
     states[1, 2:] = float("nan")
     torch.testing.assert_close(masked_mean(states, VALID), expected)
     torch.testing.assert_close(masked_mean(states[:1]), states[:1].mean(1, keepdim=True))
-    assert not masked_mean(states, torch.zeros(2, 4)).any()
+    assert not masked_mean(states, torch.zeros(2, 4).int()).any()
     assert masked_mean(torch.randn(2, 0, D)).shape == (2, 1, D)
-    with pytest.raises(ValueError, match=r"states must be a tensor \(B, T, d\), got \(2, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"states must be a floating-point tensor \(B, T, d\), got .*\(2, 8\)"
+    ):
         masked_mean(torch.randn(2, D))
     with pytest.raises(
-        ValueError, match=r"mask must be a tensor \(B, T\) = \(2, 4\), got \(2, 3\)"
+        ValueError,
+        match=r"mask must be a bool or integer tensor \(B, T\) = \(2, 4\) on cpu, got .*\(2, 3\)",
     ):
         masked_mean(states, VALID[:, :3])
 
@@ -174,6 +189,85 @@ def test_what_would_read_the_future_is_refused() -> None:
         RoutedConfig(["a"], route="none", routed_by="text")
     with pytest.raises(ValueError, match="visual_width has no meaning for routed_by='text'"):
         RoutedConfig(["a"], routed_by="text", visual_width=4)
+
+
+TINY: dict[str, Any] = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1}
+DECODER_ONLY: dict[str, tuple[Any, list[str]]] = {
+    "bloom": (lambda: BloomModel(BloomConfig(**TINY, n_head=2)), ["dense_h_to_4h"]),
+    "mamba": (lambda: MambaModel(MambaConfig(**TINY, state_size=4)), ["in_proj"]),
+    "openai": (
+        lambda: OpenAIGPTModel(OpenAIGPTConfig(vocab_size=20, n_embd=8, n_layer=1, n_head=2)),
+        ["c_fc"],
+    ),
+    "clip text": (
+        lambda: CLIPTextModel(
+            CLIPTextConfig(**TINY, intermediate_size=12, num_attention_heads=2, eos_token_id=2)
+        ),
+        ["fc1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", DECODER_ONLY)
+def test_decoders_of_all_kinds_are_known(name: str, wrapped: bool) -> None:
+    make, targets = DECODER_ONLY[name]
+    model = nn.ModuleDict({"language_model": make()}) if wrapped else make()
+    settings: list[dict[str, Any]] = [{"routed_by": "text"}, {"route": "self_gram"}]
+    for setting in settings:
+        with pytest.raises(ValueError, match="which is part of a decoder"):
+            attach(model, RoutedConfig(targets, r=2, **setting))
+
+
+@pytest.mark.parametrize("make", [bert, lambda: nn.ModuleDict({"text": bert()})])
+def test_encoders_are_not_decoders(make: Any) -> None:
+    assert attach(make(), RoutedConfig(["query"], r=2, route="self_gram")).layers
+
+
+def test_long_texts_in_half_precision() -> None:
+    states = (torch.randn(1, 8192, 2) + 20).half()
+    for mask in (None, torch.ones(1, 8192, dtype=torch.bool)):
+        torch.testing.assert_close(
+            masked_mean(states, mask), torch.full((1, 1, 2), 20.0).half(), rtol=0.01, atol=0.1
+        )
+    with pytest.raises(ValueError, match="mask must be a bool or integer tensor"):
+        masked_mean(states, torch.zeros(1, 8192))
+
+
+def test_what_meets_A_is_pooled() -> None:
+    adapter = RoutedAdapter(D, 3, "mul", norm="before", routed_by="text")
+    nn.init.normal_(adapter.B)
+    assert adapter.norm_bias is not None
+    nn.init.normal_(adapter.norm_bias)
+    x_h = torch.randn(2, 4, D) * 30
+    with adapter.context.using(text_mask="all"):
+        ours = adapter(x_h)
+    adapter.routed_by = "image"
+    with adapter.context.using(adapter._normed(x_h).mean(1)):
+        torch.testing.assert_close(ours, adapter(x_h))
+
+
+def test_models_may_be_called_by_position() -> None:
+    model: Any = bart()
+    attached = drawn(attach(model, RoutedConfig(r"encoder\..*\.fc1", r=3, routed_by="text")))
+    assert attached.layers
+    encoder = model.get_encoder()
+    expected = encoder(input_ids=IDS, attention_mask=VALID).last_hidden_state
+    assert torch.equal(encoder(IDS, VALID).last_hidden_state, expected)
+
+
+def test_a_hook_that_fails_in_front_of_ours() -> None:
+    model: Any = bart()
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("in front")
+
+    model.get_encoder().register_forward_pre_hook(fails)
+    attached = drawn(attach(model, RoutedConfig(r"encoder\..*\.fc1", r=3, routed_by="text")))
+    with attached.using(torch.randn(2, D)):
+        with pytest.raises(RuntimeError, match="in front"):
+            model(input_ids=IDS)
+        assert attached.context.get(D, "test").batch_size == 2
 
 
 def test_an_encoder_alone_is_told_its_mask() -> None:

@@ -1,5 +1,7 @@
 """x_v of all layers in one product: equal results and gradients, fewer launches, never stale."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.offline.count_launches import count
-from fused_route import Attached, RoutedConfig, RoutingInput, attach
+from fused_route import Attached, RoutedConfig, RoutingInput, attach, together
 
 D, LAYERS = 8, 6
 ROUTES = ["add", "mul", "gram", "expand", "gram_relu", "ones"]
@@ -52,6 +54,13 @@ def test_results_and_gradients_are_equal(host: str, route: str, Nv: int) -> None
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if launches were what counts."""
+    monkeypatch.setattr(together, "saves_launches", lambda x_r: True)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_used_by_itself_without_gradients(autocast: bool) -> None:
     found, image = attached("auto"), torch.randn(2, D)
@@ -59,13 +68,19 @@ def test_used_by_itself_without_gradients(autocast: bool) -> None:
         assert not any(uses(found, image))
         with torch.no_grad():
             assert all(uses(found, image))
-        assert not any(uses(attached("auto", "expand"), image))
+            assert not any(uses(attached("auto", "expand"), image))
+            assert all(uses(attached("together", "expand"), image))
     few = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D))
     with torch.no_grad():
         assert not any(uses(attach(few, RoutedConfig(r"\d", r=4)), image))
         split = attached("auto", inner_rank=2)
         with split.using(image):
-            assert not any(split.context.projected(i) for i in range(LAYERS))
+            assert not split.context._thread.held.projected
+
+
+def test_not_used_by_itself_on_a_cpu() -> None:
+    with torch.no_grad():
+        assert not any(uses(attached("auto"), torch.randn(2, D)))
 
 
 def test_only_what_is_current_is_used() -> None:
@@ -88,26 +103,103 @@ def test_only_what_is_current_is_used() -> None:
             assert not used()  # projected at another precision
         with torch.enable_grad():
             assert not used()  # projected without a graph
-        first.A = nn.Parameter(first.A.clone())
+        first.A.data = first.A.data.clone()  # an average swapped in
+        assert not used()
+        found.context.set(image)
+        first.A = nn.Parameter(first.A.detach())  # the same memory and version
+        assert not used()
+        found.context.set(image)
+        image.add_(1.0)  # a static buffer
         assert not used()
         found.model.train()
         first.dropout = 0.5
         found.context.set(image)
         assert not used()  # each layer drops by itself
-    found.model.eval()
+
+
+def test_a_bias_counts_too() -> None:
+    found, image = attached("together", host="adapter"), torch.randn(2, D)
+    first: Any = next(iter(found.layers.values()))
+    x_h = torch.zeros(2, 1, D)
+    with torch.no_grad(), found.using(image):
+        first.b_A.add_(1.0)
+        assert first.routing_input(x_h).x_v is None
+    first.A.requires_grad_(False)
+    with torch.no_grad(), found.using(image), torch.enable_grad():
+        assert first.routing_input(x_h).x_v is None  # its gradient goes through x_v as well
+
+
+def test_the_image_may_want_the_gradient() -> None:
+    found, image = attached("together"), torch.randn(2, D, requires_grad=True)
+    found.model.requires_grad_(False)
+    first = next(iter(found.layers.values()))
+    with torch.no_grad(), found.using(image), torch.enable_grad():
+        assert first.routing_input(torch.zeros(2, 1, D)).x_v is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("odd", ["meta", "inference", "subclass"])
+def test_what_cannot_be_stacked_projects_by_itself(odd: str) -> None:
+    found, image = attached("together"), torch.randn(2, D)
+    first = next(iter(found.layers.values()))
+    if odd == "meta":
+        first.to("meta")
+    elif odd == "inference":
+        with torch.inference_mode():
+            first.A = nn.Parameter(torch.randn(4, D), requires_grad=False)
+    else:
+        first.A = nn.Parameter(torch.randn(4, D).as_subclass(Sharded))
+    with torch.no_grad(), found.using(image):
+        made = [found.context.projected(layer) for layer in found.layers.values()]
+    assert made[0] is None and None not in made[1:]
+
+
+class Sharded(torch.Tensor):
+    """Stands for tensors that are not torch's own, such as DTensor."""
+
+
+def test_layers_are_held_weakly_and_not_copied() -> None:
+    found = attached("together")
+    model: Any = found.model
+    alone = len(pickle.dumps(attached("layer").model[0]))  # type: ignore[index]
+    assert len(pickle.dumps(model[0])) < 2 * alone
+    copied = copy.deepcopy(model)
+    image, x = torch.randn(2, D), torch.randn(2, 1, D)
+    context = copied[0].context
+    with torch.no_grad(), context.using(image):
+        expected = copied(x)
+        assert not context._thread.held.projected
+    with torch.no_grad(), context.using(image):  # they came in when they were called
+        torch.testing.assert_close(copied(x), expected)
+        assert len(context._thread.held.projected) == LAYERS
+    context_of_all = found.context
+    layer = next(iter(found.layers.values()))
     found.detach()
-    assert found.context.together.layers == [] and first.slot == -1
+    assert layer not in context_of_all.together
+
+
+def test_compiled_models_project_by_themselves() -> None:
+    found, image, x = attached("together"), torch.randn(2, D), torch.randn(2, 3, D)
+    compiled = torch.compile(found.model, fullgraph=True, backend="eager")
+    with torch.no_grad(), found.using(image):
+        torch.testing.assert_close(compiled(x), found.model(x))
 
 
 def test_widths_and_ranks_are_projected_apart() -> None:
     model = nn.ModuleDict({"a": nn.Linear(D, 4), "b": nn.Linear(4, D), "c": nn.Linear(D, D)})
     found = attach(model, RoutedConfig(["a", "b", "c"], r=3, visual_width=5), project="together")
+    biased = attach(
+        nn.ModuleDict({"d": nn.Linear(4, 4)}),
+        RoutedConfig(["d"], host="adapter", r=3),
+        found.context,
+        project="together",
+    )
+    layers = {**found.layers, **biased.layers}
     with found.using(torch.randn(2, 5)):
-        shapes = {
-            name: found.context.projected(layer.slot).x_v.shape  # type: ignore[union-attr]
-            for name, layer in found.layers.items()
-        }
-    assert shapes == {"a": (2, 1, 3), "b": (2, 1, 3), "c": (2, 1, 3)}
+        made = {name: found.context.projected(layer) for name, layer in layers.items()}
+        for name, layer in layers.items():
+            x_r, x_v = found.context.get(layer.d, name).x_r, made[name]
+            assert x_v is not None
+            torch.testing.assert_close(x_v.x_v, nn.functional.linear(x_r, layer.A, layer.b_A))
 
 
 def launched(project: str, impl: Any, *, trains: bool) -> tuple[int, int]:
@@ -130,7 +222,7 @@ def launched(project: str, impl: Any, *, trains: bool) -> tuple[int, int]:
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.usefixtures("unpoisoned", "on_a_gpu")
 def test_launches(impl: str) -> None:
     """One launch a layer less without gradients, two more; with them, kernels gain nothing."""
     assert launched("layer", impl, trains=False)[0] == launched("auto", impl, trains=False)[0] + 4

@@ -85,6 +85,10 @@ class CrossAttached:
         """The layers', the projector's where it is trainable, and those of modules_to_save."""
         return (p for p in self.model.parameters() if p.requires_grad)
 
+    def checkpoint_activations(self, **kwargs: Any) -> None:
+        """As `Attached.checkpoint_activations`."""
+        self.plain.checkpoint_activations(**kwargs)
+
     def state_dict(self) -> dict[str, Tensor]:
         """All that belongs to the baseline, modules_to_save and projector included, by name.
 
@@ -132,6 +136,8 @@ def attach_cross_attention(
             heads that do not fit; a model that is attached to already. The model is then as it was.
     """
     _refuse(model, config)
+    if config.routed_by != "image":
+        raise ValueError(f"routed_by={config.routed_by!r}: cross-attention is to an image")
     counts = _counts(model, config) if inner_rank is None else {}
     attached = attach(model, plain(config), context)
     layers: dict[str, CrossAttentionLinear] = {}
@@ -248,7 +254,8 @@ def peft_lora(model: nn.Module, config: RoutedConfig) -> PeftLora:
 def parameter_table(model: nn.Module, config: RoutedConfig, heads: int = 4) -> dict[str, int]:
     """Trainable parameters of the bottlenecks by arm, without the projector's and the model's own.
 
-    The arms are "routed" and "plain", and for host "lora" also "cross-attention" and "PEFT LoRA".
+    The arms are "routed" and "plain", for host "lora" also "PEFT LoRA", and with an image
+    "cross-attention".
 
     Raises:
         ValueError: what `attach`, `attach_cross_attention` and `peft_lora` refuse.
@@ -259,10 +266,11 @@ def parameter_table(model: nn.Module, config: RoutedConfig, heads: int = 4) -> d
     }
     if config.host != "lora":
         return table
-    with _random_numbers_kept(model):
-        attached = attach_cross_attention(model, config, heads=heads)
-        table["cross-attention"] = sum(_own_parameters(x) for x in attached.layers.values())
-        attached.detach()
+    if config.routed_by == "image":
+        with _random_numbers_kept(model):
+            attached = attach_cross_attention(model, config, heads=heads)
+            table["cross-attention"] = sum(_own_parameters(x) for x in attached.layers.values())
+            attached.detach()
     return table | {"PEFT LoRA": peft_lora(model, config).parameters}
 
 

@@ -257,9 +257,9 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
+        raise ValueError(f"bundle={str(path)!r} does not exist") from None
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or no bundle: {error}") from None
+        raise ValueError(f"bundle={str(path)!r} is damaged or no bundle: {error}") from None
 
 
 def extract(path: Path, folder: Path) -> None:

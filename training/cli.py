@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fused_route
+from fused_route.checks import MOST
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +60,8 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST}, got {text}")
     return value
 
 

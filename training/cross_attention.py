@@ -96,7 +96,7 @@ class CrossAttentionLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x_h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        check_tensors(x_h, A_text=self.A_text, B=self.B)
+        check_tensors(x_h, {"A_text": self.A_text, "B": self.B}, {})
         z = self._attend(x_h, self._routing_input(x_h))
         base_out = self.base(x_h, *args, **kwargs)
         blocks, g = list(base_out.chunk(self.of, -1)), len(self.adapted)

@@ -18,7 +18,10 @@ def answer(adapter: Path, image: Path | str, question: str) -> list[tuple[str, f
     """
     if not question.strip():
         raise ValueError("question is empty")
-    picture = load_image(image)
+    try:
+        picture = load_image(image)
+    except ValueError as error:
+        raise ValueError(f"image must be a picture's file: {error}") from None
     task = read_task(adapter)
     tower = load_efficientnet_lite0()
     if tower.name != task.vision:
