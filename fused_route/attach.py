@@ -265,7 +265,9 @@ def attach(
         )
     written = checkpoint.read_config(config)
     _refuse_other_model(model, written, config)
-    attached = _attach(model, _config(written, config), context, options, project)
+    theirs = _config(written, config)
+    checkpoint.read_tensors(config, identity_of(written))  # before anything of these sizes is made
+    attached = _attach(model, theirs, context, options, project)
     try:
         attached.load(config)
     except BaseException:

@@ -295,3 +295,13 @@ def test_attach_to_a_module_that_is_no_hugging_face_model(tmp_path: Path) -> Non
     attached.save(tmp_path)
     attached.detach()
     assert attach(model, tmp_path).config.modules_to_save == ("2",)
+
+
+def test_sizes_are_believed_only_with_the_tensors_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach(bert(), RoutedConfig(["query"])).save(tmp_path)
+    edit("r", 100_000_000)(tmp_path)
+    monkeypatch.setattr("fused_route.attach._attach", lambda *_: pytest.fail("layers were made"))
+    with pytest.raises(ValueError, match="was saved with other settings"):
+        attach(bert(), tmp_path)
