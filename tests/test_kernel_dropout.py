@@ -113,7 +113,8 @@ def test_checkpointing_repeats_the_mask(use_reentrant: bool) -> None:
     for checkpointed in (False, True):
         torch.manual_seed(5)
         x_h = torch.linspace(-1, 1, 160).view(2, 5, 16).requires_grad_()
-        y = checkpoint(layer, x_h, use_reentrant=use_reentrant) if checkpointed else layer(x_h)
+        block = layer.context.captured(layer)
+        y = checkpoint(block, x_h, use_reentrant=use_reentrant) if checkpointed else layer(x_h)
         torch.randn(3)  # what else a model draws
         t = {"x_h": x_h, "A": layer.A, "B": layer.B}
         for leaf in t.values():
