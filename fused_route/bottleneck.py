@@ -22,7 +22,93 @@ More = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a call beside x_h
 NO_MORE: More = ((), {})
 
 
-class Bottleneck(nn.Module):
+class Routed:
+    """What a layer does with its parameters, wherever these are kept.
+
+    Whoever inherits it has the attributes below; `Bottleneck` keeps them as a module of its own.
+    """
+
+    d: int
+    A: Any
+    U: Any
+    A_v: Any
+    U_v: Any
+    b_A: Any
+    B: Any
+    routing: Routing
+    routed_by: str
+    dropout: float
+    context: RoutingContext
+    recompute: bool
+    impl: Impl
+    label: str
+    training: bool
+    project: str
+    folded: "Callable[[Tensor, More], Tensor] | None"
+
+    def around(
+        self, x_h: Tensor, A: Tensor, b_A: Any, more: More = NO_MORE, **arguments: Any
+    ) -> Tensor:
+        """The layer with this down-projection; other arguments are those of its function."""
+        raise NotImplementedError
+
+    def down(self) -> Tensor:
+        """The down-projection of the text, (R, d): A, or U A."""
+        return self.A if self.U is None else self.U @ self.A
+
+    def routing_input(self, x_h: Tensor) -> RoutingInput | None:
+        """What x_h is routed with, x_v included where this layer's A does not make it."""
+        if self.routing.route.takes == "nothing":
+            return None
+        if self.routed_by == "text":
+            given = self.context.pooled(x_h, self.label)
+        else:
+            given = self.context.get(self.d, self.label)
+        if self.A_v is not None and self.U_v is not None:
+            x_r = given.x_r.to(x_h.dtype)
+            if self.training and self.dropout:
+                x_r = F.dropout(x_r, self.dropout)
+            return given.projected(F.linear(F.linear(x_r, self.A_v), self.U_v, self.b_A))
+        if self.project == "layer" or torch.compiler.is_compiling():
+            return given
+        made = self.context.projected(self)
+        if made is None or not self._can_use(made, given, x_h):
+            return given
+        return given.projected(made.x_v)
+
+    def projects_as_is(self) -> bool:
+        """Whether x_v = x_r Aᵀ + b_A of the context's x_r, so that others may compute it."""
+        is_plain = self.A_v is None and self.routed_by == "image" and self.folded is None
+        drops = self.training and self.dropout > 0.0
+        return is_plain and not drops and self.routing.route.takes != "nothing"
+
+    def _can_use(self, made: Projected, given: RoutingInput, x_h: Tensor) -> bool:
+        """Whether x_v is what this layer would compute now, with the gradients it would have."""
+        if torch._C._are_functorch_transforms_active() or not self.projects_as_is():
+            return False
+        if not is_plain(self) or made.state != state_of(self, given.x_r):
+            return False
+        if made.x_v.dtype != product_dtype(x_h):
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        if not made.x_v.requires_grad:
+            trains_b_A = self.b_A is not None and self.b_A.requires_grad
+            return not (self.A.requires_grad or trains_b_A or given.x_r.requires_grad)
+        self.context.taken(self)  # its graph serves one backward
+        return True
+
+    def _route_arguments(self, x_h: Tensor) -> dict[str, Any]:
+        return {
+            "x_r": self.routing_input(x_h),
+            "route": self.routing,
+            "dropout": self.dropout if self.training else 0.0,
+            "recompute": self.recompute,
+            "impl": self.impl,
+        }
+
+
+class Bottleneck(Routed, nn.Module):
     """What `RoutedLinear` and `RoutedAdapter` share.
 
     Parameters: A (R, d), the down-projection of text and image; or, split through an inner rank k
@@ -143,67 +229,6 @@ class Bottleneck(nn.Module):
     def _refuse_folded(self, what: str) -> None:
         if self.folded is not None:
             raise ValueError(f"{self.label} has an image folded in: unfold it before {what}")
-
-    def around(
-        self, x_h: Tensor, A: Tensor, b_A: Any, more: More = NO_MORE, **arguments: Any
-    ) -> Tensor:
-        """The layer with this down-projection; other arguments are those of its function."""
-        raise NotImplementedError
-
-    def down(self) -> Tensor:
-        """The down-projection of the text, (R, d): A, or U A."""
-        return self.A if self.U is None else self.U @ self.A
-
-    def routing_input(self, x_h: Tensor) -> RoutingInput | None:
-        """What x_h is routed with, x_v included where this layer's A does not make it."""
-        if self.routing.route.takes == "nothing":
-            return None
-        if self.routed_by == "text":
-            given = self.context.pooled(x_h, self.label)
-        else:
-            given = self.context.get(self.d, self.label)
-        if self.A_v is not None and self.U_v is not None:
-            x_r = given.x_r.to(x_h.dtype)
-            if self.training and self.dropout:
-                x_r = F.dropout(x_r, self.dropout)
-            return given.projected(F.linear(F.linear(x_r, self.A_v), self.U_v, self.b_A))
-        if self.project == "layer" or torch.compiler.is_compiling():
-            return given
-        made = self.context.projected(self)
-        if made is None or not self._can_use(made, given, x_h):
-            return given
-        return given.projected(made.x_v)
-
-    def projects_as_is(self) -> bool:
-        """Whether x_v = x_r Aᵀ + b_A of the context's x_r, so that others may compute it."""
-        is_plain = self.A_v is None and self.routed_by == "image" and self.folded is None
-        drops = self.training and self.dropout > 0.0
-        return is_plain and not drops and self.routing.route.takes != "nothing"
-
-    def _can_use(self, made: Projected, given: RoutingInput, x_h: Tensor) -> bool:
-        """Whether x_v is what this layer would compute now, with the gradients it would have."""
-        if torch._C._are_functorch_transforms_active() or not self.projects_as_is():
-            return False
-        if not is_plain(self) or made.state != state_of(self, given.x_r):
-            return False
-        if made.x_v.dtype != product_dtype(x_h):
-            return False
-        if not torch.is_grad_enabled():
-            return True
-        if not made.x_v.requires_grad:
-            trains_b_A = self.b_A is not None and self.b_A.requires_grad
-            return not (self.A.requires_grad or trains_b_A or given.x_r.requires_grad)
-        self.context.taken(self)  # its graph serves one backward
-        return True
-
-    def _route_arguments(self, x_h: Tensor) -> dict[str, Any]:
-        return {
-            "x_r": self.routing_input(x_h),
-            "route": self.routing,
-            "dropout": self.dropout if self.training else 0.0,
-            "recompute": self.recompute,
-            "impl": self.impl,
-        }
 
     def extra_repr(self) -> str:
         modes = {k: v for k, v in self.routing.modes().items() if v not in ("none", "exact")}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .bases import plain_base
 from .bottleneck import Bottleneck, More
 from .checks import one_of, whole
-from .modules import RoutedLinear
+from .modules import LinearCall, RoutedLinear
 from .reference import NO_DROPOUT, grouped, image_operand, ungrouped
 from .routes import Operand
 from .routing import Routing
@@ -28,6 +28,7 @@ from .together import tensor_state
 
 INTO = ("bottleneck", "host")
 UNROUTED = Routing("none")
+Layer = Any  # a Bottleneck, or what does the same with parameters that PEFT keeps
 
 
 @dataclass
@@ -39,7 +40,7 @@ class _Image:
         batch: samples that it then takes, images times beams; None: any, all of one image.
     """
 
-    layer: Bottleneck
+    layer: Layer
     batch: int | None
     _state: tuple[object, ...] | None = field(default=None, init=False)
 
@@ -48,7 +49,7 @@ class _Image:
 
     def _now(self) -> tuple[object, ...]:
         tensors = self.layer.parameters()
-        scale = self.layer.s if isinstance(self.layer, RoutedLinear) else 1.0
+        scale = self.layer.s if isinstance(self.layer, LinearCall) else 1.0
         return (scale, *(part for tensor in tensors for part in tensor_state(tensor)))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -199,16 +200,24 @@ def unfold(model: nn.Module) -> None:
         layer.folded = None
 
 
-def routed_layers(model: nn.Module) -> Iterator[Bottleneck]:
-    """The layers of a model that take an image."""
+def routed_layers(model: nn.Module) -> Iterator[Layer]:
+    """The layers of a model that take an image, those of active adapters under PEFT among them.
+
+    Raises:
+        ValueError: no torch module, or a target with several active adapters.
+    """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch module, got {type(model).__name__}")
-    for module in model.modules():
-        if isinstance(module, Bottleneck) and module.routing.route.takes != "nothing":
-            yield module
+    for name, module in model.named_modules():
+        layers = [module] if isinstance(module, Bottleneck) else []
+        if hasattr(module, "active_views"):
+            layers = module.active_views()
+        if len(layers) > 1:
+            raise ValueError(f"{name} has {len(layers)} active adapters: activate one to fold")
+        yield from (layer for layer in layers if layer.routing.route.takes != "nothing")
 
 
-def refuse_unfoldable(layer: Bottleneck, into: str) -> None:
+def refuse_unfoldable(layer: Layer, into: str) -> None:
     """ValueError where the image cannot become part of this layer."""
     route = layer.routing.route
     if layer.training:
@@ -220,7 +229,7 @@ def refuse_unfoldable(layer: Bottleneck, into: str) -> None:
     if layer.routed_by != "image":
         raise ValueError(f"{layer.label} is routed by its own text, not by an image")
     if into == "host":
-        if not isinstance(layer, RoutedLinear):
+        if not isinstance(layer, LinearCall):
             raise ValueError(f"{layer.label} is an adapter: it folds into='bottleneck' only")
         if plain_base(layer.base)[0] is None:
             raise ValueError(
@@ -229,14 +238,14 @@ def refuse_unfoldable(layer: Bottleneck, into: str) -> None:
             )
 
 
-def groups(layer: Bottleneck) -> int:
+def groups(layer: Layer) -> int:
     """G: column groups that the layer routes each by itself."""
-    if isinstance(layer, RoutedLinear) and layer.routing.segments != "joint":
+    if isinstance(layer, LinearCall) and layer.routing.segments != "joint":
         return len(layer.adapted)
     return 1
 
 
-def _folded(layer: Bottleneck, into: str, beams: int) -> _Image:
+def _folded(layer: Layer, into: str, beams: int) -> _Image:
     """What the layer runs instead, for the images that its context holds."""
     given = layer.routing_input(layer.A)
     assert given is not None
@@ -250,10 +259,10 @@ def _folded(layer: Bottleneck, into: str, beams: int) -> _Image:
         )
     batch = None if given.batch_size == 1 else given.batch_size * beams
     if into == "host":
-        assert isinstance(layer, RoutedLinear)
+        assert isinstance(layer, LinearCall)
         return IntoHost(layer, batch, *host(layer, operand))
     # The routed linear has no bias in the bottleneck: what add contributes stays beside A.
-    has_no_place = operand.mix == "shift" and isinstance(layer, RoutedLinear)
+    has_no_place = operand.mix == "shift" and isinstance(layer, LinearCall)
     if given.batch_size == 1 and not has_no_place:
         A, c = down(layer, operand)
         return IntoDown(layer, batch, A, mixed(layer.b_A, operand) if layer.b_A is not None else c)
@@ -280,7 +289,7 @@ def mixed(rows: Tensor, operand: Operand) -> Tensor:
     return ungrouped(Operand(operand.mix, tensors)(x)).reshape(rows.shape).to(rows.dtype)
 
 
-def down(layer: Bottleneck, operand: Operand) -> tuple[Tensor, Tensor | None]:
+def down(layer: Layer, operand: Operand) -> tuple[Tensor, Tensor | None]:
     """(Mᵀ A, c): the columns of A are mixed as rows of text are; c is None where it is zero."""
     A = layer.down()
     if operand.mix == "shift":
@@ -288,7 +297,7 @@ def down(layer: Bottleneck, operand: Operand) -> tuple[Tensor, Tensor | None]:
     return mixed(A.mT, operand).mT.contiguous(), None
 
 
-def host(layer: RoutedLinear, operand: Operand) -> tuple[Tensor, Tensor | None]:
+def host(layer: LinearCall, operand: Operand) -> tuple[Tensor, Tensor | None]:
     """(W + s B Mᵀ A, b + s B cᵀ), in the dtype of W."""
     weight, bias = plain_base(layer.base)
     assert weight is not None
@@ -300,7 +309,7 @@ def host(layer: RoutedLinear, operand: Operand) -> tuple[Tensor, Tensor | None]:
     return W, b
 
 
-def added(layer: RoutedLinear, weight: Tensor, A: Tensor) -> Tensor:
+def added(layer: LinearCall, weight: Tensor, A: Tensor) -> Tensor:
     """weight (of·n, ·) + s B A in the rows of the adapted segments, rounded once."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     blocks = list(weight.to(wide).chunk(layer.of))
@@ -333,7 +342,7 @@ def merge(model: nn.Module) -> nn.Module:
     merged = {}
     for layer in layers:
         _refuse_unmergeable(layer, owners)
-        assert isinstance(layer, RoutedLinear)
+        assert isinstance(layer, LinearCall)
         weight, _ = plain_base(layer.base)
         assert weight is not None
         merged[layer] = weight, added(layer, weight, layer.A)
@@ -344,7 +353,7 @@ def merge(model: nn.Module) -> nn.Module:
         if isinstance(module, RoutedLinear) and name:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base)
-    return model.base if isinstance(model, RoutedLinear) else model  # type: ignore[return-value]
+    return model.base if isinstance(model, RoutedLinear) else model
 
 
 def _refuse_unmergeable(layer: Bottleneck, owners: dict[int, set[int]]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .arguments import check_segments
 from .bases import base_features, plain_base, weight_kind
-from .bottleneck import NO_MORE, Bottleneck, More
+from .bottleneck import NO_MORE, Bottleneck, More, Routed
 from .checks import finite, one_of, shown, truth
 from .context import RoutingContext
 from .functional import Impl, routed_adapter, routed_linear
@@ -21,7 +21,61 @@ NORMS = ("none", "before", "after")
 POSITIONS = ("after", "before")
 
 
-class RoutedLinear(Bottleneck):
+class LinearCall(Routed):
+    """What a `RoutedLinear` computes."""
+
+    base: Any
+    rank: int
+    alpha: float
+    adapted: tuple[int, ...]
+    of: int
+
+    @property
+    def s(self) -> float:
+        """Scale of the update."""
+        return self.alpha / self.rank
+
+    def call(self, x_h: Tensor, more: More = NO_MORE) -> Tensor:
+        """y of x_h; the base is called with `more` beside it."""
+        if self.folded is not None:
+            return self.folded(x_h, more)
+        return self.around(x_h, self.down(), None, more, **self._route_arguments(x_h))
+
+    def onto(self, x_h: Tensor, y: Tensor) -> Tensor:
+        """y and the update, where another layer has called the base."""
+        return self.around(x_h, self.down(), None, base_out=y, **self._route_arguments(x_h))
+
+    def around(
+        self,
+        x_h: Tensor,
+        A: Tensor,
+        b_A: None,
+        more: More = NO_MORE,
+        base_out: Tensor | None = None,
+        **arguments: Any,
+    ) -> Tensor:
+        """The layer with this down-projection; the base is called with `more` beside x_h."""
+        args, kwargs = more
+        weight = bias = None
+        if base_out is None:
+            weight, bias = (None, None) if args or kwargs else plain_base(self.base)
+        if base_out is None and weight is None:
+            base_out = self.base(x_h, *args, **kwargs)
+        return routed_linear(
+            x_h,
+            A,
+            self.B,
+            weight=weight,
+            bias=bias,
+            base_out=base_out,
+            s=self.s,
+            adapted=self.adapted,
+            of=self.of,
+            **arguments,
+        )
+
+
+class RoutedLinear(LinearCall, Bottleneck):
     """A linear layer with routed LoRA: y = base(x_h) + (alpha/r) · φ(x_h Aᵀ, x_r Aᵀ) Bᵀ.
 
     Args:
@@ -92,51 +146,66 @@ class RoutedLinear(Bottleneck):
         self.reset_parameters()
 
     @property
-    def s(self) -> float:
-        """Scale of the update."""
-        return self.alpha / self.rank
-
-    @property
     def weight(self) -> Tensor:
         """The base's, for models that look at it."""
-        return self.base.weight  # type: ignore[attr-defined]
+        return self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base's."""
-        return self.base.bias  # type: ignore[attr-defined]
+        return self.base.bias
 
     def forward(self, x_h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        more = args, kwargs
-        if self.folded is not None:
-            return self.folded(x_h, more)
-        return self.around(x_h, self.down(), None, more, **self._route_arguments(x_h))
-
-    def around(
-        self, x_h: Tensor, A: Tensor, b_A: None, more: More = NO_MORE, **arguments: Any
-    ) -> Tensor:
-        """The layer with this down-projection; the base is called with `more` beside x_h."""
-        args, kwargs = more
-        weight, bias = (None, None) if args or kwargs else plain_base(self.base)
-        return routed_linear(
-            x_h,
-            A,
-            self.B,
-            weight=weight,
-            bias=bias,
-            base_out=self.base(x_h, *args, **kwargs) if weight is None else None,
-            s=self.s,
-            adapted=self.adapted,
-            of=self.of,
-            **arguments,
-        )
+        return self.call(x_h, (args, kwargs))
 
     def extra_repr(self) -> str:
         segments = "" if self.of == 1 else f", adapted={self.adapted}, of={self.of}"
         return f"{super().extra_repr()}, alpha={self.alpha:g}{segments}"
 
 
-class RoutedAdapter(Bottleneck):
+class AdapterCall(Routed):
+    """What a `RoutedAdapter` computes."""
+
+    activation: str
+    residual: bool
+    norm: str
+    b_B: Any
+    norm_weight: Any
+    norm_bias: Any
+
+    def call(self, x_h: Tensor) -> Tensor:
+        """y of x_h."""
+        if self.folded is not None:
+            return self.folded(x_h, NO_MORE)
+        pools = self.norm == "before" and self.routed_by == "text"
+        arguments = self._route_arguments(self._normed(x_h) if pools else x_h)
+        return self.around(x_h, self.down(), self.b_A, **arguments)
+
+    def around(
+        self, x_h: Tensor, A: Tensor, b_A: Tensor | None, more: More = NO_MORE, **arguments: Any
+    ) -> Tensor:
+        """The adapter with this down-projection: `routed_adapter`, and the norm before or after."""
+        if isinstance(x_h, Tensor) and x_h.shape[-1:] != (self.d,):
+            raise ValueError(f"x_h must be (…, {self.d}) for {self.label}, got {shown(x_h)}")
+        y = routed_adapter(
+            self._normed(x_h) if self.norm == "before" else x_h,
+            A,
+            self.B,
+            b_A=b_A,
+            b_B=self.b_B,
+            activation=self.activation,
+            residual=self.residual and self.norm == "none",
+            **arguments,
+        )
+        if self.norm == "after":
+            y = self._normed(y)
+        return x_h + y if self.residual and self.norm != "none" else y
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.d,), self.norm_weight, self.norm_bias)
+
+
+class RoutedAdapter(AdapterCall, Bottleneck):
     """A bottleneck adapter with routing: y = act(φ(x_h Aᵀ + b_A, x_r Aᵀ + b_A)) Bᵀ + b_B + x_h.
 
     Args:
@@ -203,34 +272,7 @@ class RoutedAdapter(Bottleneck):
         return 1.0 if (name, self.norm) == ("norm_weight", "before") else 0.0
 
     def forward(self, x_h: Tensor) -> Tensor:
-        if self.folded is not None:
-            return self.folded(x_h, NO_MORE)
-        pools = self.norm == "before" and self.routed_by == "text"
-        arguments = self._route_arguments(self._normed(x_h) if pools else x_h)
-        return self.around(x_h, self.down(), self.b_A, **arguments)
-
-    def around(
-        self, x_h: Tensor, A: Tensor, b_A: Tensor | None, more: More = NO_MORE, **arguments: Any
-    ) -> Tensor:
-        """The adapter with this down-projection: `routed_adapter`, and the norm before or after."""
-        if isinstance(x_h, Tensor) and x_h.shape[-1:] != (self.d,):
-            raise ValueError(f"x_h must be (…, {self.d}) for {self.label}, got {shown(x_h)}")
-        y = routed_adapter(
-            self._normed(x_h) if self.norm == "before" else x_h,
-            A,
-            self.B,
-            b_A=b_A,
-            b_B=self.b_B,
-            activation=self.activation,
-            residual=self.residual and self.norm == "none",
-            **arguments,
-        )
-        if self.norm == "after":
-            y = self._normed(y)
-        return x_h + y if self.residual and self.norm != "none" else y
-
-    def _normed(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.d,), self.norm_weight, self.norm_bias)
+        return self.call(x_h)
 
     def extra_repr(self) -> str:
         shown = f"{super().extra_repr()}, activation={self.activation}"
@@ -271,16 +313,24 @@ class AdaptedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.position == "after":
-            out = self.base(*args, **kwargs)
-            if isinstance(out, tuple):
-                return (self.adapter(out[0]), *out[1:])
-            return self.adapter(out)
-        if "hidden_states" in kwargs:
-            kwargs["hidden_states"] = self.adapter(kwargs["hidden_states"])
-            return self.base(*args, **kwargs)
-        if not args:
-            raise ValueError(
-                f"{self.adapter.label}: called without positional arguments or hidden_states, so "
-                "that there is nothing to adapt in front of it"
-            )
-        return self.base(self.adapter(args[0]), *args[1:], **kwargs)
+            return behind(self.adapter, self.base(*args, **kwargs))
+        args, kwargs = in_front(self.adapter, self.adapter.label, (args, kwargs))
+        return self.base(*args, **kwargs)
+
+
+def in_front(adapter: Callable[[Tensor], Tensor], label: str, call: More) -> More:
+    """The arguments of a call, the hidden states among them adapted."""
+    args, kwargs = call
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": adapter(kwargs["hidden_states"])}
+    if not args:
+        raise ValueError(
+            f"{label}: called without positional arguments or hidden_states, so that there is "
+            "nothing to adapt in front of it"
+        )
+    return (adapter(args[0]), *args[1:]), kwargs
+
+
+def behind(adapter: Callable[[Tensor], Tensor], out: Any) -> Any:
+    """What a module returned, its hidden states, the first of several, adapted."""
+    return (adapter(out[0]), *out[1:]) if isinstance(out, tuple) else adapter(out)

@@ -164,7 +164,7 @@ def test_hosts_sit_where_the_paper_has_them() -> None:
     attached.detach()
     attach(model, RoutedConfig(["query"], r=2))
     linear = model.get_submodule("encoder.layer.0.attention.self.query")
-    assert isinstance(linear, RoutedLinear) and linear.weight is linear.base.weight  # type: ignore[attr-defined]
+    assert isinstance(linear, RoutedLinear) and linear.weight is linear.base.weight
 
 
 def test_a_shared_module_is_wrapped_once() -> None:

@@ -41,7 +41,7 @@ def layer(host: str, route: str | Route | Routing, **settings: Any) -> Bottlenec
     made: Bottleneck
     if host == "adapter":
         made = RoutedAdapter(D, 4, route, "silu", **settings)
-        nn.init.normal_(made.b_B)  # type: ignore[arg-type]
+        nn.init.normal_(made.b_B)
     elif host == "conv1d":
         from transformers.pytorch_utils import Conv1D
 

@@ -261,6 +261,27 @@ def test_layers_import_downward_only(module: str) -> None:
     assert imported <= LAYERS[module]
 
 
+PEFT_LAYERS = {  # of fused_route/peft: each may import those before it, and all of fused_route
+    "register": set(),
+    "configs": {"register"},
+    "layers": set(),
+    "tuners": {"layers"},
+}
+
+
+@pytest.mark.parametrize("module", PEFT_LAYERS)
+def test_peft_imports_downward_only(module: str) -> None:
+    import ast
+
+    tree = ast.parse((ROOT / "fused_route" / "peft" / f"{module}.py").read_text())
+    nodes = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1
+    ]
+    assert {node.module for node in nodes} <= PEFT_LAYERS[module]
+    files = {p.stem for p in (ROOT / "fused_route" / "peft").glob("*.py")} - {"__init__"}
+    assert files == set(PEFT_LAYERS)
+
+
 def test_every_file_has_a_layer() -> None:
     files = {p.stem for p in (ROOT / "fused_route").glob("*.py")} - {"__init__"}
     assert files == set(LAYERS)

@@ -10,7 +10,8 @@ from cases import BUILT_IN
 from test_attach import bert
 from transformers import AutoModel
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -35,3 +36,22 @@ def test_examples_run(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_every_route_is_in_the_table() -> None:
     table = README[README.index("## Routes") :]
     assert all(f"`{name}`" in table for name in BUILT_IN)
+
+
+PEFT_BLOCKS = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs" / "huggingface.md").read_text(), re.DOTALL
+)
+
+
+@pytest.mark.parametrize("block", PEFT_BLOCKS, ids=["peft", "transformers"])
+def test_peft_snippets_run(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("peft", minversion="0.21")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda path: bert())
+    names: dict[str, Any] = {
+        "image_features": torch.randn(2, 4, 1280),
+        "projected_features": torch.randn(2, 4, 8),
+        "input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]]),
+    }
+    exec(compile(block, "huggingface.md", "exec"), names)
+    assert names["states"].shape == (2, 3, 8)

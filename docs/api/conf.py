@@ -36,6 +36,7 @@ nitpick_ignore_regex = [
     ("py:obj", ".*"),
     ("py:class", r"(collections\.abc|contextlib|os|pathlib|PIL|torch)\..*"),
     ("py:class", r"(fused_route\.\w+\.)?[A-Z]"),  # type variables
+    ("py:class", r"(Peft|Task)Type"),  # of PEFT
 ]
 
 

@@ -1,0 +1,113 @@
+"""The configurations that PEFT's users write: `RoutedConfig` under PEFT's names."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from ..config import HOSTS, RoutedConfig
+from .register import member
+
+# Settings of `RoutedConfig` that PEFT has its own means for, or none.
+FIXED = {"train": "modules_to_save", "share": "attach"}
+
+
+@dataclass
+class _Routed(PeftConfig):
+    """What both configurations share; see `RoutedConfig` for every field."""
+
+    host: ClassVar[str]
+
+    target_modules: Any = None
+    r: int = 8
+    inner_rank: int | None = None
+    route: str = "mul"
+    transpose: str = "exact"
+    segments: str = "per_group"
+    pool: str = "mean"
+    normalize: str = "none"
+    routed_by: str = "image"
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
+    modules_to_save: Any = None
+    train: Any = ()
+    visual_width: int | None = None
+    projector: str = "trainable"
+    fused_route_version: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = member(HOSTS[self.host].peft_type)
+        routed = self.routed()
+        for key, value in routed.to_json().items():
+            if key != "peft_type":
+                setattr(self, key, value)
+        if routed.train:
+            raise ValueError(
+                f"train={routed.train!r}: PEFT trains what modules_to_save names; `attach` has it"
+            )
+
+    def routed(self) -> RoutedConfig:
+        """The same as `attach` is told it.
+
+        Raises:
+            ValueError: a value that is not accepted.
+        """
+        own = {f.name for f in fields(PeftConfig)} | {"fused_route_version"}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        given = {key: list(v) if isinstance(v, set) else v for key, v in given.items()}
+        return RoutedConfig.from_json({"peft_type": HOSTS[self.host].peft_type, **given})
+
+
+@dataclass
+class RoutedLoraConfig(_Routed):
+    """Routed LoRA for `peft.get_peft_model`: `RoutedConfig` with host "lora", as PEFT spells it.
+
+        model = get_peft_model(model, RoutedLoraConfig(r=64, route="mul", target_modules=["query"]))
+
+    Args:
+        r, target_modules, layers_to_transform, layers_pattern, modules_to_save: as in
+            `peft.LoraConfig`.
+        lora_alpha: s = lora_alpha / r; None: r.
+        lora_dropout: on the inputs of A.
+        route, transpose, segments, pool, normalize, routed_by, inner_rank, visual_width, projector,
+            adapted, of: as in `RoutedConfig`.
+
+    Raises:
+        ValueError: a value that is not accepted.
+    """
+
+    host: ClassVar[str] = "lora"
+
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    adapted: Any = (0,)
+    of: int = 1
+
+
+@dataclass
+class RoutedAdapterConfig(_Routed):
+    """Routed adapters for `peft.get_peft_model`: `RoutedConfig` with host "adapter".
+
+    Args:
+        dropout, activation, bias, residual, norm, position: as in `RoutedConfig`.
+        Others as in `RoutedLoraConfig`.
+
+    Raises:
+        ValueError: a value that is not accepted; share="block", which `attach` has.
+    """
+
+    host: ClassVar[str] = "adapter"
+
+    dropout: float = 0.0
+    activation: str = "gelu"
+    bias: bool = True
+    residual: bool = True
+    norm: str = "none"
+    position: str = "after"
+    share: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share != "none":
+            raise ValueError(f"share={self.share!r}: adapters are shared with `attach` only")

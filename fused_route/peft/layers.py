@@ -1,0 +1,192 @@
+"""What takes a target's place under PEFT: the base, and the parameters of each adapter by name."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..bottleneck import Bottleneck, Routed
+from ..config import HOSTS
+from ..modules import AdapterCall, LinearCall, behind, in_front
+
+# Attributes of a layer that are no parameters.
+SETTINGS = {
+    "lora": ("rank", "alpha", "adapted", "of"),
+    "adapter": ("rank", "activation", "residual", "norm"),
+}
+PARAMETERS = frozenset(name for host in HOSTS.values() for name in host.tensors)
+COMMON = (
+    "d",
+    "routing",
+    "routed_by",
+    "dropout",
+    "context",
+    "recompute",
+    "impl",
+    "label",
+    "project",
+)
+
+
+def containers(host: str) -> tuple[str, ...]:
+    """Names of the ModuleDicts of a layer: "lora_A" of "lora_A.weight"."""
+    return tuple(dict.fromkeys(where.split(".")[0] for where in HOSTS[host].tensors.values()))
+
+
+class Parameters(nn.Module):
+    """The weight and bias that PEFT keeps for one adapter under one name."""
+
+
+class View(Routed):
+    """One adapter of a layer: its settings, and its parameters where PEFT keeps them.
+
+    Nothing is copied: what PEFT, FSDP or load_state_dict put in a parameter's place is used.
+    """
+
+    def __init__(
+        self, owner: "RoutedTunerLayer", name: str, made: Bottleneck, position: str
+    ) -> None:
+        self._owner, self._name, self.position = owner, name, position
+        self._where = HOSTS[owner.host].tensors
+        self.folded = None
+        for setting in (*COMMON, *SETTINGS[owner.host]):
+            setattr(self, setting, getattr(made, setting))
+
+    def __getattr__(self, name: str) -> Any:
+        where = self.__dict__.get("_where", {})
+        if name not in where:
+            if name in PARAMETERS:
+                return None
+            raise AttributeError(name)
+        container, leaf = where[name].split(".")
+        held = getattr(self._owner, container)
+        return getattr(held[self._name], leaf, None) if self._name in held else None
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The layer's."""
+        return self._owner.training
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer's."""
+        return self._owner.base_layer
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Its own, not the base's."""
+        return (t for t in (getattr(self, name) for name in self._where) if t is not None)
+
+
+class LinearView(View, LinearCall):
+    """Of routed LoRA."""
+
+
+class AdapterView(View, AdapterCall):
+    """Of a routed adapter."""
+
+
+class RoutedTunerLayer(nn.Module, BaseTunerLayer):
+    """A target of PEFT's, its parameters in ModuleDicts by adapter, as PEFT wants them.
+
+    Args:
+        base_layer: what was there.
+    """
+
+    host: str
+    view: type[View]
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        for container in containers(self.host):
+            setattr(self, container, nn.ModuleDict())
+        self.views: dict[str, Any] = {}
+        self.training = base_layer.training
+
+    def add(self, name: str, made: Bottleneck, position: str) -> None:
+        """Takes over a layer's parameters and settings under an adapter's name."""
+        for parameter, where in HOSTS[self.host].tensors.items():
+            tensor = getattr(made, parameter, None)
+            if tensor is None:
+                continue
+            container, leaf = where.split(".")
+            held = getattr(self, container)
+            if name not in held:
+                held[name] = Parameters()
+            held[name].register_parameter(leaf, tensor)
+        self.views[name] = self.view(self, name, made, position)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's own layers."""
+        self.views.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def active_adapter_names(self) -> list[str]:
+        """`active_adapters`, with its type."""
+        names: Any = self.active_adapters
+        return list(names)
+
+    def active_views(self) -> list[Any]:
+        """Of the active adapters that this layer has."""
+        if self.disable_adapters:
+            return []
+        return [self.views[name] for name in self.active_adapter_names() if name in self.views]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(NO_MERGE)
+
+    def unmerge(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No weight holds what depends on the image."""
+        return False
+
+
+NO_MERGE = (
+    "routed adapters cannot be merged: the update depends on the image; fused_route.fold(model, "
+    "image) holds one image"
+)
+
+
+class RoutedLoraLayer(RoutedTunerLayer):
+    """Routed LoRA: y = base(x_h) + s · z Bᵀ, the updates of all active adapters added."""
+
+    host = "lora"
+    view = LinearView
+    adapter_layer_names = tuple(
+        dict.fromkeys(w.split(".")[0] for w in HOSTS["lora"].tensors.values())
+    )
+
+    def forward(self, x_h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        views = self.active_views()
+        if not views:
+            return self.base_layer(x_h, *args, **kwargs)
+        first, *others = views
+        y: Tensor = first.call(x_h, (args, kwargs))
+        for view in others:
+            y = view.onto(x_h, y)
+        return y
+
+
+class RoutedAdapterLayer(RoutedTunerLayer):
+    """Routed adapters after or before the base, those of several active adapters in turn."""
+
+    host = "adapter"
+    view = AdapterView
+    adapter_layer_names = tuple(
+        dict.fromkeys(w.split(".")[0] for w in HOSTS["adapter"].tensors.values())
+    )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        views = self.active_views()
+        for view in views:
+            if view.position == "before":
+                args, kwargs = in_front(view.call, view.label, (args, kwargs))
+        out = self.base_layer(*args, **kwargs)
+        for view in views:
+            if view.position == "after":
+                out = behind(view.call, out)
+        return out

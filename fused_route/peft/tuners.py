@@ -1,0 +1,217 @@
+"""The tuners: PEFT's way of putting routed layers into a model and of keeping their values."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from ..bottleneck import Bottleneck
+from ..build import PROJECTOR, Builder, build_projector
+from ..config import RoutedConfig
+from ..context import RoutingContext
+from ..modules import AdaptedModule
+from ..targets import Target, find_targets, is_named, layer_index
+from ..text import follow
+from .layers import NO_MERGE, RoutedAdapterLayer, RoutedLoraLayer, RoutedTunerLayer
+
+
+def context_of(model: nn.Module) -> RoutingContext:
+    """The context of a model with routed adapters of PEFT's, for `with context.using(image):`.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, RoutedTunerLayer) and module.views:
+            return next(iter(module.views.values())).context
+    raise ValueError(f"model={type(model).__name__} has no routed adapter of PEFT's")
+
+
+class _RoutedModel(BaseTuner):
+    """What both tuners share.
+
+    The context is the model's own (an attribute `context`, which its forward sets) or a new one.
+    """
+
+    host: str
+    layer: type[RoutedTunerLayer]
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    _hooks: Any = ()
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        config = self.peft_config[adapter_name]
+        if not hasattr(config, "routed"):
+            raise ValueError(
+                f"adapter {adapter_name!r}: {type(config).__name__} is no routed configuration"
+            )
+        self._routed: RoutedConfig = config.routed()
+        if self._routed.visual_width is not None and len(self.peft_config) > 1:
+            raise ValueError(
+                f"adapter {adapter_name!r}: visual_width with several adapters; project the "
+                "features yourself"
+            )
+        self._targets = find_targets(model, self._routed)
+        self._context = self._find_context(model)
+        self._made: list[Bottleneck] = []
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not self._hooks:
+            self._hooks = follow(model, self._routed, self._targets, self._context)
+        widths = {made.d for made in self._made}
+        self._add_projector(model, widths, config.inference_mode)
+
+    @property
+    def context(self) -> RoutingContext:
+        """Holds the routing input of all layers: `with model.context.using(image):`."""
+        return self._context
+
+    def _find_context(self, model: nn.Module) -> RoutingContext:
+        own = getattr(model, "context", None)
+        if isinstance(own, RoutingContext):
+            return own
+        try:
+            return context_of(model)
+        except ValueError:
+            return RoutingContext()
+
+    def _add_projector(self, model: nn.Module, widths: set[int], inference_mode: bool) -> None:
+        like = next((module for _, module in self._find_layers()), model)
+        projector = build_projector(
+            model, self._routed, widths, self._context, getattr(like, "base_layer", like)
+        )
+        if projector is None:
+            return
+        if inference_mode:
+            projector.requires_grad_(False)
+        self._context.projector = projector
+        setattr(self, PROJECTOR, projector)
+
+    def _find_layers(self) -> Iterator[tuple[str, Any]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, RoutedTunerLayer):
+                yield name, module
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
+        config = peft_config.routed()
+        if not is_named(key, config.target_modules):
+            return False
+        layers = config.layers_to_transform
+        return layers is None or layer_index(key, config.layers_pattern) in layers
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        is_ours = isinstance(target, RoutedTunerLayer)
+        base: Any = target.base_layer if is_ours else target
+        builder = Builder(self.model, self._routed, self._context, {})
+        module, made = builder.build(Target(base, (current_key,)))
+        if isinstance(module, AdaptedModule) and not is_ours:
+            module.base = nn.Identity()  # made for its adapter alone
+        new = target if is_ours else self.layer(base)
+        assert isinstance(new, RoutedTunerLayer)
+        new.add(adapter_name, made, self._routed.position)
+        self._made.append(made)
+        if adapter_name not in self.active_adapters:
+            for parameter in new.views[adapter_name].parameters():
+                parameter.requires_grad_(False)
+        if not is_ours:
+            self._replace_module(parent, target_name, new, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # Layers are made on their base's device, and a base may have no weight to take over.
+        setattr(parent, child_name, new_module)
+
+    def unload(self) -> nn.Module:
+        """The base model without any routed layer, bit for bit as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        if hasattr(self, PROJECTOR):
+            self._context.projector = None
+        unloaded: nn.Module = super().unload()
+        return unloaded
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        biases = {name: getattr(config, "bias", None) for name, config in self.peft_config.items()}
+        try:  # PEFT reads "bias" as the name of a rule
+            for config in self.peft_config.values():
+                config.bias = "none"
+            super()._mark_only_adapters_as_trainable(model)
+        finally:
+            for name, config in self.peft_config.items():
+                if biases[name] is None:
+                    del config.bias
+                else:
+                    config.bias = biases[name]
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], config: Any
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """PEFT's rule is about biases, which routed adapters leave alone."""
+
+    def disable_adapter_layers(self) -> None:
+        """The base model's outputs from now on."""
+        self._enable_adapter_layers(enabled=False)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused."""
+        raise ValueError(NO_MERGE)
+
+    unmerge_adapter = merge_adapter
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused."""
+        raise ValueError(
+            "routed adapters cannot be combined by weights: they are not linear in A and B"
+        )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No weight holds what depends on the image."""
+        return False
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: a batch of several adapters would drop the image; run each alone"
+            )
+        yield
+
+
+class RoutedLoraModel(_RoutedModel):
+    """Routed LoRA in a model: what `get_peft_model` makes of a `RoutedLoraConfig`."""
+
+    host = "lora"
+    prefix = "lora_"
+    layer = RoutedLoraLayer
+    tuner_layer_cls = RoutedLoraLayer
+
+
+class RoutedAdapterModel(_RoutedModel):
+    """Routed adapters in a model: what `get_peft_model` makes of a `RoutedAdapterConfig`."""
+
+    host = "adapter"
+    prefix = "adapter_"
+    layer = RoutedAdapterLayer
+    tuner_layer_cls = RoutedAdapterLayer
