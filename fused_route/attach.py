@@ -87,19 +87,7 @@ class Attached:
             ValueError: the model has no such method; checkpoint its parts with
                 context_fn=context.checkpoint_contexts.
         """
-        for kind in ("activation", "gradient"):  # the second until transformers 5.x renamed it
-            enable = getattr(self.model, f"{kind}_checkpointing_enable", None)
-            if enable is not None:
-                captured = {
-                    "use_reentrant": False,
-                    "context_fn": self.context.checkpoint_contexts,
-                }
-                enable(**{f"{kind}_checkpointing_kwargs": captured}, **kwargs)
-                return
-        raise ValueError(
-            f"model={type(self.model).__name__} has no activation_checkpointing_enable; pass "
-            "context_fn=context.checkpoint_contexts to torch.utils.checkpoint"
-        )
+        checkpoint_activations(self.model, self.context, **kwargs)
 
     def tensors(self) -> dict[str, Tensor]:
         """The adapter's tensors by their names in a checkpoint; the model's own, not copies."""
@@ -316,6 +304,32 @@ def _attach(
         layer.project = when
         context.together.add(layer, when)
     return Attached(model, config, context, layers, projector, before)
+
+
+def checkpoint_activations(model: nn.Module, context: RoutingContext, **kwargs: Any) -> None:
+    """Turns on a Hugging Face model's activation (gradient) checkpointing, image included.
+
+    Args:
+        context: of the model's routed layers; its routing input is captured at forward and restored
+            at recompute.
+        kwargs: for the model's own method.
+
+    Raises:
+        ValueError: the model has no such method.
+    """
+    for kind in ("activation", "gradient"):  # the second until transformers 5.x renamed it
+        enable = getattr(model, f"{kind}_checkpointing_enable", None)
+        if enable is not None:
+            captured = {
+                "use_reentrant": False,
+                "context_fn": context.checkpoint_contexts,
+            }
+            enable(**{f"{kind}_checkpointing_kwargs": captured}, **kwargs)
+            return
+    raise ValueError(
+        f"model={type(model).__name__} has no activation_checkpointing_enable; pass "
+        "context_fn=context.checkpoint_contexts to torch.utils.checkpoint"
+    )
 
 
 def _config(written: dict[str, Any], directory: str | os.PathLike[str]) -> RoutedConfig:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors import safe_open
 from test_attach import IDS, bart, bert, gpt2
 from torch import Tensor, nn
@@ -26,7 +27,16 @@ from fused_route import RoutedConfig, RoutingContext, attach, fold
 
 peft = pytest.importorskip("peft", minversion="0.21")
 
-from fused_route.peft import RoutedAdapterConfig, RoutedLoraConfig, context_of  # noqa: E402
+from fused_route.peft import (  # noqa: E402
+    RoutedAdapterConfig,
+    RoutedLoraConfig,
+    checkpoint_activations,
+    context_of,
+)
+
+integration = pytest.importorskip("transformers.integrations.peft")
+# transformers 5.24 asks for peft 0.22 before it adds or loads an adapter by itself.
+takes_this_peft = Version(peft.__version__) >= Version(integration.MIN_PEFT_VERSION)
 
 TINY: dict[str, Any] = {
     "vocab_size": 20,
@@ -174,6 +184,7 @@ def test_disabled_and_unloaded_it_is_the_base(config: Any, name: str) -> None:
     assert_same(run(unloaded, RoutingContext()), expected)
 
 
+@pytest.mark.skipif(not takes_this_peft, reason="transformers refuses this version of peft")
 @pytest.mark.parametrize("config", [lora, adapter])
 @pytest.mark.parametrize("name", MODELS)
 def test_through_transformers(config: Any, name: str, tmp_path: Path) -> None:
@@ -263,6 +274,35 @@ def test_an_image_folds_in(config: Any) -> None:
         torch.testing.assert_close(model(IDS[:1])[0], expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="has no routing input"):
         model(IDS[:1])
+
+
+@pytest.mark.parametrize("way", ["ours", "raw"])
+def test_gradient_checkpointing(way: str) -> None:
+    model = drawn(peft.get_peft_model(MODELS["bert"](), lora("bert"))).train()
+    for module in model.modules():  # one mask for both
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    context, images = context_of(model), (IMAGE, IMAGE.flip(-1))
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        total = torch.zeros(())
+        for image in images:  # two forwards, then one backward
+            total = total + run(model, context, image)[..., 0].square().sum()
+        total.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    if way == "ours":
+        checkpoint_activations(model)
+        for mine, theirs in zip(gradients(), expected, strict=True):
+            torch.testing.assert_close(mine, theirs)
+        return
+    raw = {"use_reentrant": False}
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": raw})
+    with pytest.raises(RuntimeError, match="is called inside a backward pass"):
+        gradients()
 
 
 REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {

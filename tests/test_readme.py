@@ -45,7 +45,10 @@ PEFT_BLOCKS = re.findall(
 
 @pytest.mark.parametrize("block", PEFT_BLOCKS, ids=["peft", "transformers"])
 def test_peft_snippets_run(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("peft", minversion="0.21")
+    from test_peft import takes_this_peft  # skips without peft
+
+    if "add_adapter" in block and not takes_this_peft:
+        pytest.skip("transformers refuses this version of peft")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoModel, "from_pretrained", lambda path: bert())
     names: dict[str, Any] = {

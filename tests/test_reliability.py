@@ -27,16 +27,21 @@ SUBJECTS = [*FUNCTIONS, *LAYERS, *MODELS, *CONFIGS]
 ROWS = identified(SUBJECTS)
 # Arguments of what is exported that have no bad value of their own, and why.
 FREE = {
+    "AdapterCall.call": "what forward calls",
+    "LinearCall.call": "what forward calls",
+    "LinearCall.onto": "called by a layer of several adapters, which checks what it is given",
     "Attached": "made by attach, not by users",
     "Attached.checkpoint_activations.kwargs": "for the model's own method, which checks them",
-    "Bottleneck.around": "called by the layer itself, which checks what it is given",
-    "Bottleneck.routing_input": "called by the layer itself, which checks what it is given",
+    "Routed.around": "called by the layer itself, which checks what it is given",
+    "Routed.routing_input": "called by the layer itself, which checks what it is given",
     "Dropout.down": "called by the functions, which have checked everything",
     "Folded": "made by fold, not by users",
     "Operand": "made by shift, scale, rank1 and matrix; checked where it is used: see route",
     "RoutedLinear.around": "called by the layer itself, which checks what it is given",
     "RoutedLinear.forward.args": "for the base, which checks them",
     "RoutedLinear.forward.kwargs": "for the base, which checks them",
+    "AdapterCall.around": "called by the layer itself, which checks what it is given",
+    "LinearCall.around": "called by the layer itself, which checks what it is given",
     "RoutedAdapter.around": "called by the layer itself, which checks what it is given",
     "Routing.check": "the check itself",
     "Routing.mix": "called by the functions, which have checked everything",

@@ -5,6 +5,7 @@ from .configs import RoutedLoraConfig as RoutedLoraConfig
 from .register import register
 from .tuners import RoutedAdapterModel as RoutedAdapterModel
 from .tuners import RoutedLoraModel as RoutedLoraModel
+from .tuners import checkpoint_activations as checkpoint_activations
 from .tuners import context_of as context_of
 
 register("routed_lora", RoutedLoraConfig, RoutedLoraModel)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from ..attach import checkpoint_activations as turn_on
 from ..bottleneck import Bottleneck
 from ..build import PROJECTOR, Builder, build_projector
 from ..config import RoutedConfig
@@ -29,6 +30,15 @@ def context_of(model: nn.Module) -> RoutingContext:
         if isinstance(module, RoutedTunerLayer) and module.views:
             return next(iter(module.views.values())).context
     raise ValueError(f"model={type(model).__name__} has no routed adapter of PEFT's")
+
+
+def checkpoint_activations(model: nn.Module, **kwargs: Any) -> None:
+    """`Attached.checkpoint_activations` for a model with routed adapters of PEFT's.
+
+    Raises:
+        ValueError: the model has no routed adapter, or no activation checkpointing.
+    """
+    turn_on(model, context_of(model), **kwargs)
 
 
 class _RoutedModel(BaseTuner):
