@@ -196,8 +196,12 @@ def unfold(model: nn.Module) -> None:
     Raises:
         ValueError: no torch module.
     """
-    for layer in routed_layers(model):
-        layer.folded = None
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch module, got {type(model).__name__}")
+    for module in model.modules():
+        layers = [module] if isinstance(module, Bottleneck) else []
+        for layer in (*layers, *getattr(module, "views", {}).values()):
+            layer.folded = None
 
 
 def routed_layers(model: nn.Module) -> Iterator[Layer]:
@@ -335,7 +339,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch module, got {type(model).__name__}")
-    layers = {m: n for n, m in model.named_modules() if isinstance(m, Bottleneck)}
+    layers = [module for module in model.modules() if isinstance(module, Bottleneck)]
     if not layers:
         raise ValueError(f"model={type(model).__name__} has no routed layer")
     owners = _owners(model)

@@ -1,8 +1,10 @@
 """What takes a target's place under PEFT: the base, and the parameters of each adapter by name."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -72,6 +74,25 @@ class View(Routed):
     def base(self) -> nn.Module:
         """The layer's."""
         return self._owner.base_layer
+
+    def call(self, x_h: Tensor, *more: Any) -> Tensor:
+        """y of x_h, in its dtype."""
+        with self._products_in(x_h):
+            y: Tensor = super().call(x_h, *more)  # type: ignore[misc]
+        return y.to(x_h.dtype)
+
+    def onto(self, x_h: Tensor, y: Tensor) -> Tensor:
+        """y and the update."""
+        with self._products_in(x_h):
+            added: Tensor = super().onto(x_h, y)  # type: ignore[misc]
+        return added
+
+    def _products_in(self, x_h: Tensor) -> AbstractContextManager[Any]:
+        """PEFT keeps the adapters of half-precision models in fp32: products are made as x_h is."""
+        is_mixed = self.A.dtype != x_h.dtype and x_h.dtype in (torch.float16, torch.bfloat16)
+        if not is_mixed or torch.is_autocast_enabled(x_h.device.type):
+            return nullcontext()
+        return torch.autocast(x_h.device.type, dtype=x_h.dtype)
 
     def parameters(self) -> Iterator[Tensor]:
         """Its own, not the base's."""

@@ -8,11 +8,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..attach import checkpoint_activations as turn_on
-from ..bottleneck import Bottleneck
 from ..build import PROJECTOR, Builder, build_projector
 from ..config import RoutedConfig
 from ..context import RoutingContext
-from ..modules import AdaptedModule
 from ..targets import Target, find_targets, is_named, layer_index
 from ..text import follow
 from .layers import NO_MERGE, RoutedAdapterLayer, RoutedLoraLayer, RoutedTunerLayer
@@ -47,7 +45,6 @@ class _RoutedModel(BaseTuner):
     The context is the model's own (an attribute `context`, which its forward sets) or a new one.
     """
 
-    host: str
     layer: type[RoutedTunerLayer]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     _hooks: Any = ()
@@ -68,12 +65,11 @@ class _RoutedModel(BaseTuner):
             )
         self._targets = find_targets(model, self._routed)
         self._context = self._find_context(model)
-        self._made: list[Bottleneck] = []
+        self._widths: set[int] = set()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not self._hooks:
             self._hooks = follow(model, self._routed, self._targets, self._context)
-        widths = {made.d for made in self._made}
-        self._add_projector(model, widths, config.inference_mode)
+        self._add_projector(model, self._widths, config.inference_mode)
 
     @property
     def context(self) -> RoutingContext:
@@ -127,13 +123,11 @@ class _RoutedModel(BaseTuner):
         is_ours = isinstance(target, RoutedTunerLayer)
         base: Any = target.base_layer if is_ours else target
         builder = Builder(self.model, self._routed, self._context, {})
-        module, made = builder.build(Target(base, (current_key,)))
-        if isinstance(module, AdaptedModule) and not is_ours:
-            module.base = nn.Identity()  # made for its adapter alone
+        _, made = builder.build(Target(base, (current_key,)))
         new = target if is_ours else self.layer(base)
         assert isinstance(new, RoutedTunerLayer)
         new.add(adapter_name, made, self._routed.position)
-        self._made.append(made)
+        self._widths.add(made.d)
         if adapter_name not in self.active_adapters:
             for parameter in new.views[adapter_name].parameters():
                 parameter.requires_grad_(False)
@@ -212,7 +206,6 @@ class _RoutedModel(BaseTuner):
 class RoutedLoraModel(_RoutedModel):
     """Routed LoRA in a model: what `get_peft_model` makes of a `RoutedLoraConfig`."""
 
-    host = "lora"
     prefix = "lora_"
     layer = RoutedLoraLayer
     tuner_layer_cls = RoutedLoraLayer
@@ -221,7 +214,6 @@ class RoutedLoraModel(_RoutedModel):
 class RoutedAdapterModel(_RoutedModel):
     """Routed adapters in a model: what `get_peft_model` makes of a `RoutedAdapterConfig`."""
 
-    host = "adapter"
     prefix = "adapter_"
     layer = RoutedAdapterLayer
     tuner_layer_cls = RoutedAdapterLayer
