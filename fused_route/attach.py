@@ -15,7 +15,7 @@ from .bottleneck import Bottleneck
 from .build import PROJECTOR, Builder, build_projector
 from .checks import one_of, truth
 from .config import HOSTS, RoutedConfig, identity_of
-from .context import RoutingContext, VisualProjector
+from .context import RoutingContext, VisualProjector, own_context
 from .fold import merge
 from .freezing import saved
 from .functional import IMPLS, Impl
@@ -223,7 +223,8 @@ def attach(
         model: any torch model; its code is not touched, its modules are kept.
         config: what to adapt and how; or the directory of a checkpoint, whose configuration and
             values are then used.
-        context: to share with code of your own; None: a new one.
+        context: to share with code of your own; None: the model's own, an attribute `context` that
+            its forward sets, or a new one.
         impl, recompute: of the layers, as in `RoutedLinear`.
         project: who computes x_v = x_r Aᵀ. "layer", each when it is called; "together", the context
             for all layers of one width and rank in one product when it is set, for one backward
@@ -244,7 +245,8 @@ def attach(
     one_of("impl", impl, IMPLS)
     one_of("project", project, PROJECT)
     options = {"impl": impl, "recompute": truth("recompute", recompute)}
-    context = RoutingContext() if context is None else context
+    if context is None:
+        context = own_context(model) or RoutingContext()
     if isinstance(config, RoutedConfig):
         return _attach(model, config, context, options, project)
     if not isinstance(config, (str, os.PathLike)):

@@ -50,7 +50,10 @@ def hidden_width(module: nn.Module, position: str, model: nn.Module) -> int:
         return base_features(module)[position == "after"]
     except ValueError:
         weight = getattr(module, "weight", None)
-        hidden_size = getattr(getattr(model, "config", None), "hidden_size", None)
+        config: Any = getattr(model, "config", None)
+        if not hasattr(config, "hidden_size") and hasattr(config, "get_text_config"):
+            config = config.get_text_config()  # of a vision-language model
+        hidden_size = getattr(config, "hidden_size", None)
         told = [getattr(module, "embed_dim", None), getattr(module, "d_model", None), hidden_size]
         if isinstance(weight, Tensor) and weight.dim() == 1:
             told.insert(0, weight.shape[0])

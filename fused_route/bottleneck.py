@@ -20,6 +20,11 @@ from .together import Projected, is_plain, state_of
 ROUTED_BY = ("image", "text")
 More = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a call beside x_h
 NO_MORE: More = ((), {})
+NO_REPLICAS = (
+    "nn.DataParallel is not supported with routed layers, whose image is set in the calling "
+    "thread: use DistributedDataParallel (torchrun or accelerate launch), or make one GPU visible "
+    "(CUDA_VISIBLE_DEVICES=0)"
+)
 
 
 class Routed:
@@ -53,8 +58,25 @@ class Routed:
         raise NotImplementedError
 
     def down(self) -> Tensor:
-        """The down-projection of the text, (R, d): A, or U A."""
+        """The down-projection of the text, (R, d): A, or U A.
+
+        Raises:
+            ValueError: A or B is here in part: FSDP or ZeRO shard it beneath the layer.
+        """
+        if not torch.compiler.is_compiling():
+            self._refuse_shards()
         return self.A if self.U is None else self.U @ self.A
+
+    def _refuse_shards(self) -> None:
+        # The layer reads its parameters; only a call of a module that holds them gathers them.
+        for name in ("A", "B"):
+            held = getattr(self, name)
+            is_plain = type(held) is nn.Parameter or not hasattr(held, "placements")
+            if not is_plain or held.dim() != 2 or held.numel() == 0:
+                raise ValueError(
+                    f"{self.label}: {name} is a shard, {tuple(held.shape)}: shard whole blocks "
+                    "(fully_shard(block)) or whole routed layers, not what is inside of them"
+                )
 
     def routing_input(self, x_h: Tensor) -> RoutingInput | None:
         """What x_h is routed with, x_v included where this layer's A does not make it."""
@@ -204,6 +226,9 @@ class Bottleneck(Routed, nn.Module):
     def _filled_with(self, name: str) -> float:
         """What the others start at."""
         return 0.0
+
+    def _replicate_for_data_parallel(self) -> "Bottleneck":
+        raise ValueError(NO_REPLICAS)
 
     @property
     def _is_hf_initialized(self) -> bool:

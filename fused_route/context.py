@@ -283,6 +283,12 @@ class RoutingContext:
         return f"RoutingContext({held or 'empty'})"
 
 
+def own_context(model: nn.Module) -> RoutingContext | None:
+    """The attribute `context` of a model whose forward sets it; None where it has none."""
+    own = getattr(model, "context", None)
+    return own if isinstance(own, RoutingContext) else None
+
+
 def _checked_mask(text_mask: Tensor | str) -> Tensor | str:
     is_mask = isinstance(text_mask, Tensor) and text_mask.dim() == 2
     if not is_mask and not (isinstance(text_mask, str) and text_mask == "all"):

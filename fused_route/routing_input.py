@@ -1,6 +1,5 @@
 """What hidden states are routed with: features, and what has been made of them already."""
 
-from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -156,9 +155,11 @@ class RoutingInput:
         return self._with(operand=operand)
 
     def _with(self, **values: object) -> "RoutingInput":
-        other = copy(self)  # checked already: sample_index would cost a device synchronisation
-        for name, value in values.items():
-            object.__setattr__(other, name, value)
+        # Not made anew, since checking sample_index again costs a device synchronisation; not by
+        # copy.copy, which torch 2.11 cannot compile.
+        other = object.__new__(RoutingInput)
+        for name in self.__dataclass_fields__:
+            object.__setattr__(other, name, values.get(name, getattr(self, name)))
         return other
 
 

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,6 +22,9 @@ class Target:
 def find_targets(model: nn.Module, config: RoutedConfig) -> list[Target]:
     """The modules that target_modules, layers_to_transform and layers_pattern select.
 
+    A module may name children in an attribute `unrouted`, such as the vision tower whose features
+    are the routing input: nothing in them matches.
+
     Raises:
         ValueError: nothing matches, an item of target_modules or layers_to_transform matches
             nothing, or a target lies inside another.
@@ -31,8 +34,11 @@ def find_targets(model: nn.Module, config: RoutedConfig) -> list[Target]:
     missed_layers = set(config.layers_to_transform or ())
     listed = () if isinstance(config.target_modules, str) else config.target_modules
     missed = set(listed)
+    unrouted = tuple(_unrouted(model))
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or not is_named(name, config.target_modules):
+            continue
+        if f"{name}.".startswith(unrouted):
             continue
         if config.layers_to_transform is not None:
             index = layer_index(name, config.layers_pattern)
@@ -53,6 +59,13 @@ def find_targets(model: nn.Module, config: RoutedConfig) -> list[Target]:
         raise ValueError(f"target_modules: nothing is called {', '.join(sorted(missed))}")
     _refuse_nested([name for found in names.values() for name in found])
     return [Target(module, tuple(names[key])) for key, module in modules.items()]
+
+
+def _unrouted(model: nn.Module) -> Iterator[str]:
+    """Names of modules, with a dot behind, in which nothing is to be adapted."""
+    for name, module in model.named_modules():
+        for child in getattr(module, "unrouted", ()):
+            yield f"{name}.{child}.".removeprefix(".")
 
 
 def _refuse_nested(names: list[str]) -> None:
@@ -118,7 +131,7 @@ def is_causal(model: nn.Module, name: str) -> bool:
         ]
         if said and enclosing is not model:
             return any(said)
-        decoder = _is_decoder(_config(enclosing))
+        decoder = decodes(_config(enclosing))
         if decoder is not None:
             return decoder
     return False
@@ -129,7 +142,7 @@ def _config(module: nn.Module) -> object:
     return getattr(module, "config", None) if "transformers" in sys.modules else None
 
 
-def _is_decoder(config: object) -> bool | None:
+def decodes(config: object) -> bool | None:
     """Whether models of this configuration generate from left to right; None where it is none.
 
     Kinds that can do both, such as BERT, do it where the configuration says is_decoder.

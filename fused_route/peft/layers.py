@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..bottleneck import Bottleneck, Routed
+from ..bottleneck import NO_REPLICAS, Bottleneck, Routed
 from ..config import HOSTS
 from ..modules import AdapterCall, LinearCall, behind, in_front
 
@@ -160,6 +160,9 @@ class RoutedTunerLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         raise ValueError(NO_MERGE)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise ValueError(NO_REPLICAS)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No weight holds what depends on the image."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..attach import checkpoint_activations as turn_on
 from ..build import PROJECTOR, Builder, build_projector
 from ..config import RoutedConfig
-from ..context import RoutingContext
-from ..targets import Target, find_targets, is_named, layer_index
+from ..context import RoutingContext, own_context
+from ..targets import Target, find_targets
 from ..text import follow
 from .layers import NO_MERGE, RoutedAdapterLayer, RoutedLoraLayer, RoutedTunerLayer
 
@@ -77,8 +77,8 @@ class _RoutedModel(BaseTuner):
         return self._context
 
     def _find_context(self, model: nn.Module) -> RoutingContext:
-        own = getattr(model, "context", None)
-        if isinstance(own, RoutingContext):
+        own = own_context(model)
+        if own is not None:
             return own
         try:
             return context_of(model)
@@ -102,13 +102,8 @@ class _RoutedModel(BaseTuner):
             if isinstance(module, RoutedTunerLayer):
                 yield name, module
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
-        config = peft_config.routed()
-        if not is_named(key, config.target_modules):
-            return False
-        layers = config.layers_to_transform
-        return layers is None or layer_index(key, config.layers_pattern) in layers
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:
+        return any(key in target.names for target in self._targets)
 
     def _create_and_replace(
         self,
