@@ -25,8 +25,11 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
     Its forward encodes the image, routes every routed layer by it, and returns what the language
     model returns. Routed layers are put in from outside:
 
-        model = VisionLanguageModel.from_parts(vit, gpt2)
-        model = get_peft_model(model, RoutedLoraConfig(["c_attn"], visual_width=model.visual_width))
+        model = VisionLanguageModel.from_parts(vit, roberta)
+        config = RoutedLoraConfig(
+            target_modules=["query", "value"], visual_width=model.visual_width
+        )
+        model = get_peft_model(model, config)
 
     Attributes:
         language: the language model.
@@ -183,8 +186,6 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
         _refuse_other_number(image, given)
         with self.routed_by(image, attention_mask):
             call = {name: value for name, value in given.items() if value is not None}
-            if getattr(self.config, "use_cache", None) is False:  # the Trainer turns it off here
-                call.setdefault("use_cache", False)
             if self.config.visual_tokens == "none":
                 return self.language(**call)
             call, cut = beside_text(self.config.visual_tokens, self.language, self._visual(), call)

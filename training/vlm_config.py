@@ -58,6 +58,16 @@ class VisionLanguageConfig(PretrainedConfig):
         # After it: it would overwrite the attention implementation that the parts run with.
         self.vision_config, self.text_config = vision, text
 
+    @property
+    def use_cache(self) -> Any:
+        """The language model's; the Trainer turns it off."""
+        return getattr(self.text_config, "use_cache", None)
+
+    @use_cache.setter
+    def use_cache(self, value: bool) -> None:
+        if hasattr(self.text_config, "use_cache"):
+            self.text_config.use_cache = value
+
 
 def _config(name: str, given: Any) -> PretrainedConfig | None:
     if given is None or isinstance(given, PretrainedConfig):
