@@ -19,7 +19,7 @@ KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py kernel_d
 	launches.py interpreter_tools.py bench_tools.py gates.py host_cost.py gpu.py \
 	bench_tune.py)
 
-.PHONY: help setup demo demo-full demo-bundle docs docs-built docs-current test test-all test-oldest test-pythons \
+.PHONY: help setup demo demo-full demo-bundle docs docs-built docs-current test test-all test-oldest test-quantised test-pythons \
 	test-plain lint types clean
 
 help:
@@ -75,7 +75,7 @@ test: lint types docs-current
 	TRITON_INTERPRET=1 timeout $(INTERPRET_BUDGET) $(BIN)/pytest -n 2 --durations=5 -m '(interpret or gpu) and not slow'
 	timeout $(COMPILE_BUDGET) $(BIN)/pytest --durations=5 -m 'compile and not slow'
 
-test-all: lint types docs-current test-oldest test-pythons
+test-all: lint types docs-current test-oldest test-quantised test-pythons
 	timeout $(SLOW_BUDGET) $(BIN)/pytest --durations=10 -m 'not interpret and not compile'
 	TRITON_INTERPRET=1 timeout $(SLOW_BUDGET) $(BIN)/pytest -n 2 --durations=10 -m 'interpret or gpu'
 	timeout $(SLOW_BUDGET) $(BIN)/pytest --durations=10 -m compile
@@ -90,6 +90,11 @@ $(OLDEST)/.ready: pyproject.toml
 test-oldest: $(OLDEST)/.ready
 	TRITON_INTERPRET=1 timeout $(SLOW_BUDGET) $(OLDEST)/bin/pytest -n 2 -m 'interpret or gpu' $(KERNEL_TESTS)
 	timeout $(SLOW_BUDGET) $(OLDEST)/bin/pytest -m 'compile and not slow' $(KERNEL_TESTS)
+
+# Quantised bases: packages that nothing else needs, beside the environment.
+test-quantised: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .cache/quantised bitsandbytes torchao
+	PYTHONPATH=.cache/quantised timeout $(TEST_BUDGET) $(BIN)/pytest tests/test_quantised.py
 
 # The plain tests with other versions of Python, where this machine has them.
 test-pythons:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from . import __version__, checkpoint
 from .bottleneck import Bottleneck
 from .build import PROJECTOR, Builder, build_projector
+from .card import write_card
 from .checks import one_of, truth
 from .config import HOSTS, RoutedConfig, identity_of
 from .context import RoutingContext, VisualProjector, own_context
@@ -115,6 +116,9 @@ class Attached:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes adapter_model.safetensors and adapter_config.json, each whole or not at all.
 
+        Beside them README.md gets a section that says what this is and how it loads; what else is
+        in it stays.
+
         (The model's own save_pretrained would write wrapped modules under names that no plain
         model has.)
 
@@ -131,6 +135,7 @@ class Attached:
         checkpoint.write(
             directory, self.tensors(), {**settings, **description}, identity_of(settings)
         )
+        write_card(directory, settings)
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Takes over a checkpoint's values, all of them or, if anything does not fit, none.

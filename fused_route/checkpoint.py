@@ -83,6 +83,14 @@ def write(
         os.replace(new_config, folder / CONFIG)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, with the permissions of a new one."""
+    with _beside(path) as new:
+        new.write_text(text, encoding="utf-8")
+        new.chmod(0o666 & ~_umask())
+        os.replace(new, path)
+
+
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous on the CPU, tied weights copied: the format stores no sharing."""
     seen: set[int] = set()

@@ -72,7 +72,8 @@ def test_parts_of_a_layer_are_not_to_be_sharded(two: Path) -> None:
 def test_accelerate_launch_trains_as_one_process(tmp_path: Path) -> None:
     script = TESTS / "trainer_script.py"
     together = launched(
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
         script, tmp_path / "two", "2",
     )  # fmt: skip

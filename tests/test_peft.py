@@ -10,7 +10,7 @@ import pytest
 import torch
 from packaging.version import Version
 from safetensors import safe_open
-from test_attach import IDS, bart, bert, gpt2
+from test_attach import CONFIGS, IDS, bart, bert, gpt2
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -155,6 +155,21 @@ def test_round_trips(config: Any, name: str, setting: str, tmp_path: Path) -> No
 def stored(folder: Path) -> list[str]:
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         return sorted(file.keys())
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "adapter", "projector", "saved"])
+def test_layout_is_pinned(kind: str, tmp_path: Path) -> None:
+    """The names that `attach` writes, from the same file."""
+    make, arguments, _ = CONFIGS[kind]
+    routed = RoutedConfig(**arguments).to_json()
+    config = {"lora": RoutedLoraConfig, "adapter": RoutedAdapterConfig}[
+        arguments.get("host", "lora")
+    ](**{key: value for key, value in routed.items() if key != "peft_type"})
+    peft.get_peft_model(make(), config).save_pretrained(tmp_path)
+    golden = json.loads((Path(__file__).parent / "golden" / "checkpoint_keys.json").read_text())
+    assert stored(tmp_path) == golden[kind]["tensors"]
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert set(golden[kind]["config"]) <= set(written)
 
 
 @pytest.mark.parametrize(("config", "name", "setting"), CASES, ids=ids)

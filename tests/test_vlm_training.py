@@ -147,7 +147,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(self, count: int, columns: tuple[str, ...] = ("pixel_values",)) -> None:
         pixels, ids, features = images(count), texts(count), torch.randn(count, 12)
-        self.rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "pixel_values": pixels[i],
                 "visual_features": features[i],
@@ -159,7 +159,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
             for i in range(count)
         ]
         dropped = {"pixel_values", "visual_features"} - set(columns)
-        self.rows = [{k: v for k, v in row.items() if k not in dropped} for row in self.rows]
+        self.rows = [{k: v for k, v in row.items() if k not in dropped} for row in rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -180,7 +180,7 @@ def trainer(folder: Path, model: Any = None, data: Any = None, **settings: Any) 
     return Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=Samples(6))
 
 
-class Stop(TrainerCallback):  # type: ignore[misc]
+class Stop(TrainerCallback):
     """Ends a run early, as if it were killed after its checkpoint."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

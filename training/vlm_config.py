@@ -65,8 +65,9 @@ class VisionLanguageConfig(PretrainedConfig):
 
     @use_cache.setter
     def use_cache(self, value: bool) -> None:
-        if hasattr(self.text_config, "use_cache"):
-            self.text_config.use_cache = value
+        text: Any = self.text_config
+        if hasattr(text, "use_cache"):
+            text.use_cache = value
 
 
 def _config(name: str, given: Any) -> PretrainedConfig | None:

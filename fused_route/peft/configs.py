@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 
+from ..card import write_card
 from ..config import HOSTS, RoutedConfig
 from .register import member
 
@@ -46,6 +47,11 @@ class _Routed(PeftConfig):
             raise ValueError(
                 f"train={routed.train!r}: PEFT trains what modules_to_save names; `attach` has it"
             )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, and writes a section of the model card: see `Attached.save`."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(save_directory, self.routed().to_json())
 
     def routed(self) -> RoutedConfig:
         """The same as `attach` is told it.

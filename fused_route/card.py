@@ -1,0 +1,95 @@
+"""The model card of a checkpoint: a section of README.md that says what it is and how it loads."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from . import __version__, checkpoint
+
+CARD = "README.md"
+START, END = "<!-- fused_route: written on every save -->", "<!-- end of fused_route -->"
+FORMULAS = {
+    "none": "x_t (plain LoRA: no image)",
+    "add": "x_t + x_v",
+    "mul": "x_t ∘ x_v",
+    "gram": "x_t x_vᵀ x_v",
+    "expand": "(Σ x_t) x_v",
+    "gram_relu": "relu(x_t) relu(x_v)ᵀ x_v",
+    "ones": "x_t x_vᵀ 1",
+    "ones_relu": "relu(x_t) relu(x_v)ᵀ 1",
+}
+HOSTS = {
+    "ROUTED_LORA": ("Routed LoRA", "RoutedLoraConfig", "y = base(x_h) + (lora_alpha / r) z Bᵀ"),
+    "ROUTED_ADAPTER": ("Routed adapter", "RoutedAdapterConfig", "y = x_h + act(z) Bᵀ + b_B"),
+}
+SHOWN = (
+    "r", "lora_alpha", "target_modules", "adapted", "of", "route", "normalize", "pool",
+    "routed_by", "inner_rank", "visual_width", "activation", "norm", "residual", "position",
+    "modules_to_save", "train",
+)  # fmt: skip
+
+
+def write_card(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Writes or renews this project's section of README.md; everything else there stays.
+
+    Args:
+        directory: of the checkpoint.
+        config: the keys of adapter_config.json.
+
+    Raises:
+        ValueError: `directory` is a file.
+    """
+    path = checkpoint.folder_of(directory) / CARD
+    try:
+        before = path.read_text(encoding="utf-8") if path.exists() else None
+    except (OSError, UnicodeDecodeError):
+        return  # a user's own, and no text: left alone
+    mine = section(config)
+    if before is None:
+        text = f"---\ntags:\n- fused_route\n- lora\n---\n\n{mine}\n"
+    elif START in before and END in before.partition(START)[2]:
+        head, _, rest = before.partition(START)
+        text = head + mine + rest.partition(END)[2]
+    else:
+        text = f"{before.rstrip()}\n\n{mine}\n"
+    checkpoint.write_text(path, text)
+
+
+def section(config: Mapping[str, Any]) -> str:
+    """Markdown about a checkpoint with these settings."""
+    title, _, formula = HOSTS[config["peft_type"]]
+    route = str(config.get("route"))
+    mixed = FORMULAS.get(route)
+    settings = [
+        f"| {name} | `{config[name]}` |" for name in SHOWN if config.get(name) not in (None, [], ())
+    ]
+    return "\n".join(
+        [
+            START,
+            f"# {title}, route `{route}`",
+            "",
+            "The text's hidden states x_h are projected down, mixed there with the equally projected "
+            "image x_r, and projected up ([arXiv 2403.09377](https://arxiv.org/abs/2403.09377)):",
+            "",
+            f"    x_t = x_h Aᵀ, x_v = x_r Aᵀ, z = {mixed or f'φ(x_t, x_v) of route {route!r}'}",
+            f"    {formula}",
+            "",
+            "| setting | |",
+            "| --- | --- |",
+            *settings,
+            "",
+            f"Written by fused_route {__version__}. It loads where that is installed:",
+            "",
+            "```python",
+            "import fused_route.peft  # before loading: PEFT does not know this method by itself",
+            "from peft import PeftModel",
+            "",
+            'model = PeftModel.from_pretrained(base_model, "this directory")',
+            "```",
+            "",
+            'or `fused_route.attach(base_model, "this directory")`. The update depends on the image: '
+            "it cannot be merged into the weights, and runtimes that expect plain LoRA (vLLM, "
+            "llama.cpp) cannot run it.",
+            END,
+        ]
+    )
