@@ -19,8 +19,8 @@ FORMULAS = {
     "ones_relu": "relu(x_t) relu(x_v)ᵀ 1",
 }
 HOSTS = {
-    "ROUTED_LORA": ("Routed LoRA", "RoutedLoraConfig", "y = base(x_h) + (lora_alpha / r) z Bᵀ"),
-    "ROUTED_ADAPTER": ("Routed adapter", "RoutedAdapterConfig", "y = x_h + act(z) Bᵀ + b_B"),
+    "ROUTED_LORA": ("Routed LoRA", "y = base(x_h) + (lora_alpha / r) z Bᵀ"),
+    "ROUTED_ADAPTER": ("Routed adapter", "y = x_h + act(z) Bᵀ + b_B"),
 }
 SHOWN = (
     "r", "lora_alpha", "target_modules", "adapted", "of", "route", "normalize", "pool",
@@ -57,7 +57,7 @@ def write_card(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> 
 
 def section(config: Mapping[str, Any]) -> str:
     """Markdown about a checkpoint with these settings."""
-    title, _, formula = HOSTS[config["peft_type"]]
+    title, formula = HOSTS[config["peft_type"]]
     route = str(config.get("route"))
     mixed = FORMULAS.get(route)
     settings = [
@@ -68,8 +68,8 @@ def section(config: Mapping[str, Any]) -> str:
             START,
             f"# {title}, route `{route}`",
             "",
-            "The text's hidden states x_h are projected down, mixed there with the equally projected "
-            "image x_r, and projected up ([arXiv 2403.09377](https://arxiv.org/abs/2403.09377)):",
+            "The text's hidden states x_h are projected down, mixed there with the equally "
+            "projected image x_r, and projected up ([arXiv 2403.09377](https://arxiv.org/abs/2403.09377)):",
             "",
             f"    x_t = x_h Aᵀ, x_v = x_r Aᵀ, z = {mixed or f'φ(x_t, x_v) of route {route!r}'}",
             f"    {formula}",
@@ -87,8 +87,8 @@ def section(config: Mapping[str, Any]) -> str:
             'model = PeftModel.from_pretrained(base_model, "this directory")',
             "```",
             "",
-            'or `fused_route.attach(base_model, "this directory")`. The update depends on the image: '
-            "it cannot be merged into the weights, and runtimes that expect plain LoRA (vLLM, "
+            'or `fused_route.attach(base_model, "this directory")`. The update depends on the '
+            "image: it cannot be merged into the weights, and runtimes that expect plain LoRA (vLLM, "
             "llama.cpp) cannot run it.",
             END,
         ]
