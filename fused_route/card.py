@@ -88,8 +88,8 @@ def section(config: Mapping[str, Any]) -> str:
             "```",
             "",
             'or `fused_route.attach(base_model, "this directory")`. The update depends on the '
-            "image: it cannot be merged into the weights, and runtimes that expect plain LoRA (vLLM, "
-            "llama.cpp) cannot run it.",
+            "image: it cannot be merged into the weights, and runtimes that expect plain LoRA "
+            "(vLLM, llama.cpp) cannot run it.",
             END,
         ]
     )
