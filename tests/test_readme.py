@@ -36,25 +36,3 @@ def test_examples_run(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_every_route_is_in_the_table() -> None:
     table = README[README.index("## Routes") :]
     assert all(f"`{name}`" in table for name in BUILT_IN)
-
-
-PEFT_BLOCKS = re.findall(
-    r"```python\n(.*?)```", (ROOT / "docs" / "huggingface.md").read_text(), re.DOTALL
-)
-
-
-@pytest.mark.parametrize("block", PEFT_BLOCKS, ids=["peft", "transformers"])
-def test_peft_snippets_run(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from test_peft import takes_this_peft  # skips without peft
-
-    if "add_adapter" in block and not takes_this_peft:
-        pytest.skip("transformers refuses this version of peft")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(AutoModel, "from_pretrained", lambda path: bert())
-    names: dict[str, Any] = {
-        "image_features": torch.randn(2, 4, 1280),
-        "projected_features": torch.randn(2, 4, 8),
-        "input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]]),
-    }
-    exec(compile(block, "huggingface.md", "exec"), names)
-    assert names["states"].shape == (2, 3, 8)
