@@ -15,8 +15,8 @@ def main(out: Path, batch: int) -> None:
     torch.set_num_threads(1)
     model = get_peft_model(vision_language("roberta"), lora("roberta"))
     arguments = TrainingArguments(
-        output_dir=str(out), max_steps=4, per_device_train_batch_size=batch, learning_rate=1e-2,
-        report_to="none", use_cpu=True, disable_tqdm=True, seed=3, save_steps=2,
+        output_dir=str(out), max_steps=4, per_device_train_batch_size=batch, learning_rate=0.1,
+        optim="sgd", report_to="none", use_cpu=True, disable_tqdm=True, seed=3, save_steps=2,
         ddp_find_unused_parameters=False,
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=Samples(16))

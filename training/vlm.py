@@ -1,5 +1,6 @@
 """A vision tower and a language model as one Hugging Face model, routed by its image."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -73,9 +74,7 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
             like = next(self.language.parameters())
             width = self.language.get_input_embeddings().embedding_dim
             self.image_projection = nn.Linear(self.visual_width, width).to(like.device, like.dtype)
-        self.loss_type = self.language.loss_type
-        if self.loss_type is None and decodes(config.text_config):
-            self.loss_type = "ForCausalLM"  # what transformers falls back to
+        self.loss_type = _loss_type(config, self.language)
         self.post_init()
 
     @classmethod
@@ -228,9 +227,17 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the Trainer may tell the loss how many items the whole batch has."""
+        """Whether the loss is divided by the number of items that the Trainer gives.
+
+        The Trainer takes any forward with **kwargs for one that does. BART, T5 and classifiers take
+        the mean whatever it says, and would train with gradients as many times too large as there
+        are accumulated batches or processes.
+        """
         told: Any = getattr(self.language, "accepts_loss_kwargs", None)
-        return bool(told) if told is not None else True
+        if told is not None:
+            return bool(told)
+        forward = inspect.unwrap(type(self.language).forward)
+        return self.language.can_generate() and "loss_function" in forward.__code__.co_names
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language.get_input_embeddings()
@@ -292,6 +299,16 @@ def _made_language(config: VisionLanguageConfig) -> PreTrainedModel:
         )
     made: PreTrainedModel = kind(config.text_config)
     return made
+
+
+def _loss_type(config: VisionLanguageConfig, language: PreTrainedModel) -> str | None:
+    """By which the Trainer counts labels: a decoder's first is none, but after a visual token."""
+    if config.visual_tokens == "before":
+        return None
+    if language.loss_type is None and decodes(config.text_config):
+        return "ForCausalLM"  # what transformers falls back to
+    told: str | None = language.loss_type
+    return told
 
 
 def _refuse_other_number(image: RoutingInput | None, given: dict[str, Any]) -> None:
