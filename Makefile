@@ -18,6 +18,8 @@ SLOW_BUDGET := 7200
 KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py kernel_dropout.py compilers.py traffic.py \
 	launches.py interpreter_tools.py bench_tools.py gates.py host_cost.py gpu.py \
 	bench_tune.py)
+HUGGING_FACE_TESTS := $(addprefix tests/test_,peft.py peft_configs.py vlm.py vlm_generate.py vlm_training.py \
+	distributed.py quantised.py card.py huggingface_docs.py attach.py checkpoint.py text.py)
 
 .PHONY: help setup demo demo-full demo-bundle docs docs-built docs-current test test-all test-oldest test-quantised test-pythons \
 	test-plain lint types clean
@@ -84,12 +86,14 @@ test-all: lint types docs-current test-oldest test-quantised test-pythons
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --editable . 'torch==2.11.*' 'triton==3.6.*' \
-		'numpy<2.4' 'transformers==5.17.*' pytest pytest-xdist tqdm
+		'numpy<2.4' 'transformers==5.17.*' 'torchvision==0.26.*' 'peft==0.21.*' accelerate timm pillow \
+		hypothesis pytest pytest-xdist tqdm
 	@touch $@
 
 test-oldest: $(OLDEST)/.ready
 	TRITON_INTERPRET=1 timeout $(SLOW_BUDGET) $(OLDEST)/bin/pytest -n 2 -m 'interpret or gpu' $(KERNEL_TESTS)
 	timeout $(SLOW_BUDGET) $(OLDEST)/bin/pytest -m 'compile and not slow' $(KERNEL_TESTS)
+	timeout $(SLOW_BUDGET) $(OLDEST)/bin/pytest -n 2 $(HUGGING_FACE_TESTS)
 
 # Quantised bases: packages that nothing else needs, beside the environment.
 test-quantised: $(READY)

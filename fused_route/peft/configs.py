@@ -1,16 +1,59 @@
 """The configurations that PEFT's users write: `RoutedConfig` under PEFT's names."""
 
 from dataclasses import dataclass, field, fields
+from functools import wraps
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 
 from ..card import write_card
+from ..checks import shown
 from ..config import HOSTS, RoutedConfig
 from .register import member
 
 # Settings of `RoutedConfig` that PEFT has its own means for, or none.
 FIXED = {"train": "modules_to_save", "share": "attach"}
+
+# Arguments of peft.LoraConfig that routed LoRA has no use for, and what they may say all the same.
+OF_LORA: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "alpha_pattern": (None, {}),
+    "arrow_config": (None,),
+    "bias": ("none",),
+    "corda_config": (None,),
+    "eva_config": (None,),
+    "exclude_modules": (None,),
+    "fan_in_fan_out": (False, True),  # a Conv1D is known by its class
+    "init_lora_weights": (True,),
+    "layer_replication": (None,),
+    "loftq_config": (None, {}),
+    "lora_bias": (False,),
+    "rank_pattern": (None, {}),
+    "target_parameters": (None,),
+    "trainable_token_indices": (None,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "use_rslora": (False,),
+}
+
+
+def in_place_of_lora(config: type) -> type:
+    """Lets a configuration be called as peft.LoraConfig is, and refuses the variants of LoRA."""
+    plain = config.__init__  # type: ignore[misc]
+
+    @wraps(plain)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in OF_LORA.keys() & kwargs.keys():
+            value = kwargs.pop(name)
+            if value not in OF_LORA[name]:
+                accepted = " or ".join(map(repr, OF_LORA[name]))
+                raise ValueError(
+                    f"{name}={shown(value)}: routed LoRA has no such variant, only {accepted}"
+                )
+        plain(self, *args, **kwargs)
+
+    config.__init__ = init  # type: ignore[misc]
+    return config
 
 
 @dataclass
@@ -65,6 +108,7 @@ class _Routed(PeftConfig):
         return RoutedConfig.from_json({"peft_type": HOSTS[self.host].peft_type, **given})
 
 
+@in_place_of_lora
 @dataclass
 class RoutedLoraConfig(_Routed):
     """Routed LoRA for `peft.get_peft_model`: `RoutedConfig` with host "lora", as PEFT spells it.
@@ -76,6 +120,7 @@ class RoutedLoraConfig(_Routed):
             `peft.LoraConfig`.
         lora_alpha: s = lora_alpha / r; None: r.
         lora_dropout: on the inputs of A.
+        bias, use_dora and others of `peft.LoraConfig`: at their defaults only.
         route, transpose, segments, pool, normalize, routed_by, inner_rank, visual_width, projector,
             adapted, of: as in `RoutedConfig`.
 
