@@ -263,6 +263,7 @@ def test_modules_to_save_and_projector(tmp_path: Path) -> None:
         expected = model(IDS).pooler_output
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(MODELS["bert"](), tmp_path)
+    assert not [n for n, p in loaded.named_parameters() if p.requires_grad]
     attached = attach(MODELS["bert"](), tmp_path)
     for other, held in ((loaded, context_of(loaded)), (attached.model, attached.context)):
         with held.using(image):

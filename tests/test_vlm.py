@@ -96,8 +96,6 @@ def test_a_batch_is_its_samples_one_by_one(language: str, place: str) -> None:
         other = first(model(**given, pixel_values=pixels.flip(0)))
         for i in range(3):
             length = int(given["attention_mask"][i].sum())
-            if place == "after" and length < 5:
-                continue  # behind padding the image has another position
             mine = {"input_ids": given["input_ids"][i : i + 1, :length]}
             if "decoder_input_ids" in given:
                 mine["decoder_input_ids"] = given["decoder_input_ids"][i : i + 1]
@@ -190,6 +188,52 @@ def test_towers(tower: str, features: str, tmp_path: Path) -> None:
         assert torch.equal(again(ids, pixel_values=pixels).logits, expected)
 
 
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "largest in place of the mean": ({"global_pool": "max"}, {}),
+    "another activation": ({"act_layer": "gelu"}, {}),
+    "another stride": ({"output_stride": 8}, {}),
+    "told wrongly": ({}, {"global_pool": "max"}),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_timm_model_that_would_come_back_as_another_is_refused(what: str) -> None:
+    made, told = OTHERS[what]
+    model = timm.create_model("resnet10t", num_classes=7, **made)
+    with pytest.raises(ValueError, match="with the arguments that it was made with"):
+        wrap_timm(model, **told)
+    assert model.num_classes == 7, "left as it was"
+    assert wrap_timm(model, **made).timm_model is model
+
+
+WIDTHS = {"mobilenetv3_small_050": (1024, 288), "resnet10t": (512, 512)}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_grids_are_read_cell_by_cell(name: str) -> None:
+    """(B, width, H, W) to (B, H·W, width); a head's own width where pooled."""
+    tower = timm.create_model(name)
+    pixels = torch.randn(2, 3, 64, 64)
+    for features, width in zip(("pooled", "tokens"), WIDTHS[name], strict=True):
+        model = vision_language("gpt2", tower, features=features, projection="linear").eval()
+        with torch.no_grad():
+            found = model.encode_images(pixels)
+            grid = model.vision.timm_model.forward_features(pixels)
+        assert found.shape[-1] == model.visual_width == width
+        if features == "tokens":
+            assert torch.equal(found[:, 1], grid[:, :, 0, 1])
+            assert torch.equal(found[:, 2], grid[:, :, 1, 0])
+
+
+def test_grids_with_channels_behind_are_read_too() -> None:
+    tower = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1, 1, 1))
+    tower = wrap_timm(tower, img_size=56, depths=(1, 1, 1, 1)).eval()
+    model = vision_language("gpt2", tower, features="tokens", projection="linear").eval()
+    with torch.no_grad():
+        found = model.encode_images(torch.randn(2, 3, 56, 56))
+    assert found.shape == (2, 4, 768) and model.visual_width == 768
+
+
 @pytest.mark.parametrize("language", LANGUAGE)
 def test_saved_and_loaded_with_its_adapter(language: str, tmp_path: Path) -> None:
     from transformers import AutoModel
@@ -203,6 +247,9 @@ def test_saved_and_loaded_with_its_adapter(language: str, tmp_path: Path) -> Non
         model.save_pretrained(tmp_path / "adapter")
         again = AutoModel.from_pretrained(tmp_path / "model").eval()
         assert type(again.language) is type(base.language)
+        assert not any(p.requires_grad for p in again.vision.parameters())
+        assert not again.train().vision.training
+        again.eval()
         loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
         assert torch.equal(first(loaded(**given)), expected)
         other = AutoModel.from_pretrained(tmp_path / "model").eval()
@@ -358,6 +405,7 @@ def test_a_checkpoint_of_an_unknown_class_is_refused(tmp_path: Path) -> None:
         ("language_class", "NoSuchModel", "is no model of transformers"),
         ("text_config", {"model_type": "no such"}, "text_config must be a configuration"),
         ("vision_config", 3, "vision_config must be a configuration"),
+        ("text_config", None, "text_config must be a BertConfig for language_class='BertModel'"),
     ):
         path.write_text(json.dumps({**written, name: value}))
         with pytest.raises(ValueError, match=message):

@@ -1,5 +1,6 @@
 """Training a vision-language model: checkpointing, autocast, torch.compile, the Trainer."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -11,8 +12,14 @@ import torch
 from test_vlm import labels, lora, routed
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from vlm_models import PAIRS, images, texts, vision_language
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from vlm_models import LANGUAGE, PAIRS, images, texts, vision_language
 
 peft = pytest.importorskip("peft", minversion="0.21")
 
@@ -260,6 +267,64 @@ def test_cached_features_train_alike(tmp_path: Path) -> None:
         runs.append(trained(run.model))
     for name, parameter in runs[0].items():
         torch.testing.assert_close(runs[1][name], parameter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("language", ["gpt2", "llama", "bart", "t5", "roberta"])
+def test_label_smoothing_is_the_language_models(language: str, tmp_path: Path) -> None:
+    """The Trainer shifts a decoder's labels by the model's name, a pair's by its collator."""
+    losses = []
+    batch = {"input_ids": texts(2), "labels": labels(language, 2)}
+    for model in (vision_language(language), LANGUAGE[language]()):
+        given = dict(batch)
+        if language in PAIRS:
+            shift = model.prepare_decoder_input_ids_from_labels
+            given["decoder_input_ids"] = shift(labels=batch["labels"])
+        else:
+            assert not hasattr(model, "prepare_decoder_input_ids_from_labels")
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True
+        )
+        smoothed = Trainer(model=model, args=arguments).compute_loss(model, given)
+        losses.append(smoothed)
+    torch.testing.assert_close(losses[0], losses[1])
+    assert repr(vision_language(language)).startswith("VisionLanguageModel(")
+
+
+def test_seq2seq_trainer_generates_from_the_image(tmp_path: Path) -> None:
+    model = routed("bart")
+    rows = [
+        {"input_ids": texts(2)[i], "pixel_values": images(2)[i], "labels": texts(2, seed=9)[i]}
+        for i in range(2)
+    ]
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), predict_with_generate=True, generation_max_length=7,
+        report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Seq2SeqTrainer(model=model, args=arguments)
+    found = torch.as_tensor(trainer.predict(rows).predictions)
+    expected = model.generate(texts(2), pixel_values=images(2), max_length=7)
+    assert torch.equal(found[:, : expected.shape[1]], expected)
+
+
+def test_a_copy_of_a_checkpointed_model_has_its_own_image() -> None:
+    model = routed("gpt2").train().double()
+    enable(model, use_reentrant=False)
+    copied = copy.deepcopy(model)
+    expected = gradients(model, "gpt2", (1,))
+    found = gradients(copied, "gpt2", (1,))
+    assert all(torch.equal(found[name], grad) for name, grad in expected.items())
+
+
+def test_which_labels_the_trainer_counts() -> None:
+    """A decoder's first word is predicted from nothing, but after a visual token."""
+    kinds = {
+        place: vision_language("gpt2", visual_tokens=place).loss_type
+        for place in ("none", "before")
+    }
+    assert kinds == {"none": "ForCausalLM", "before": None}
+    assert vision_language("llama").loss_type == "ForCausalLM"
+    accepts = {name: vision_language(name).accepts_loss_kwargs for name in LANGUAGE}
+    assert {name for name, said in accepts.items() if said} == {"gpt2", "llama", "qwen"}
 
 
 ACCUMULATED = [("llama", "none"), ("gpt2", "before"), ("roberta", "none"), ("bart", "before")]

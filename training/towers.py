@@ -49,40 +49,43 @@ def wrap_timm(model: nn.Module, **model_args: Any) -> PreTrainedModel:
     name = pretrained.get("architecture")
     if not isinstance(name, str) or not timm.is_model(name):
         raise ValueError(f"model={type(model).__name__} does not tell a name that timm knows")
-    reset: Any = model
-    reset.reset_classifier(0)
+    given: Any = model
     with torch.device("meta"):
-        same = timm.create_model(name, num_classes=0, **model_args)
-    theirs = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    ours = {key: tuple(tensor.shape) for key, tensor in same.state_dict().items()}
-    if ours != theirs or _settings(same) != _settings(model):
+        same = timm.create_model(name, num_classes=given.num_classes, **model_args)
+    if _described(same) != _described(model):
         raise ValueError(
             f"model is not what timm.create_model({name!r}{_shown(model_args)}) makes: call "
             "wrap_timm(model, …) with the arguments that it was made with"
         )
+    given.reset_classifier(0)
     config = TimmWrapperConfig(architecture=name, model_args=model_args, num_labels=0)
     tower = TimmWrapperModel(config)
     tower.timm_model = model
     return tower
 
 
-def _settings(model: Any) -> tuple[Any, ...]:
-    """Of a model of timm's, what its weights do not show."""
+def _described(model: Any) -> tuple[Any, ...]:
+    """What a model of timm's computes, but for the values of its weights."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return (type(model), getattr(model, "global_pool", None).__class__, size)
+    pool = getattr(model, "global_pool", None)
+    return repr(model), shapes, size, pool if isinstance(pool, str) else None
 
 
 def _shown(arguments: dict[str, Any]) -> str:
     return "".join(f", {name}={value!r}" for name, value in arguments.items())
 
 
-def width_of(tower: PreTrainedModel) -> int:
-    """Width of a tower's features.
+def width_of(tower: PreTrainedModel, features: str) -> int:
+    """Width of a tower's features, pooled or not.
 
     Raises:
         ValueError: it does not tell.
     """
-    told = getattr(getattr(tower, "timm_model", None), "num_features", None)
+    own = getattr(tower, "timm_model", None)
+    told = getattr(own, "num_features", None)
+    if features == "pooled":  # some networks have a layer behind the pooling
+        told = getattr(own, "head_hidden_size", None) or told
     if told is None:
         told = getattr(tower.config, "hidden_size", None)
     if told is None:
@@ -108,7 +111,11 @@ def features_of(tower: PreTrainedModel, pixel_values: Tensor, features: str) -> 
     Raises:
         ValueError: another shape, or a tower without what is asked for.
     """
-    if not isinstance(pixel_values, Tensor) or pixel_values.dim() not in (4, 5):
+    if (
+        not isinstance(pixel_values, Tensor)
+        or pixel_values.dim() not in (4, 5)
+        or 0 in pixel_values.shape[1:]
+    ):
         raise ValueError(
             "pixel_values must be (B, channels, H, W), or (B, n, channels, H, W) for n images a "
             f"sample, got {shown(pixel_values)}"
@@ -116,12 +123,23 @@ def features_of(tower: PreTrainedModel, pixel_values: Tensor, features: str) -> 
     batch = pixel_values.shape[0]
     images = pixel_values.flatten(0, 1) if pixel_values.dim() == 5 else pixel_values
     out = tower(pixel_values=images)
-    wanted = out.pooler_output if features == "pooled" else out.last_hidden_state
+    name = "pooler_output" if features == "pooled" else "last_hidden_state"
+    wanted: Tensor | None = getattr(out, name, None)
     if wanted is None:
+        other = "tokens" if features == "pooled" else "pooled"
         raise ValueError(
-            f"features='pooled': {type(tower).__name__} has no pooled output; take 'tokens'"
+            f"features={features!r}: {type(tower).__name__} returns no {name}; take {other!r}, or "
+            "the model without its head"
         )
-    if wanted.dim() == 4:  # convolutions: (B, width, H, W)
-        wanted = wanted.flatten(2).transpose(1, 2)
+    if wanted.dim() == 4:
+        wanted = _in_a_row(tower, wanted)
     tokens: Tensor = wanted.unsqueeze(1) if wanted.dim() == 2 else wanted
     return tokens.reshape(batch, -1, tokens.shape[-1])
+
+
+def _in_a_row(tower: PreTrainedModel, states: Tensor) -> Tensor:
+    """States of a grid, (B, width, H, W), or (B, H, W, width) where timm says so, as tokens."""
+    layout = str(getattr(getattr(tower, "timm_model", None), "output_fmt", "NCHW"))
+    if layout.endswith("NHWC"):
+        return states.flatten(1, 2)
+    return states.flatten(2).transpose(1, 2)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from fused_route import RoutingContext, RoutingInput
 from fused_route.checks import shown
 from fused_route.targets import decodes
 from fused_route.training.towers import as_tower, features_of, width_of
-from fused_route.training.visual_tokens import beside_text
+from fused_route.training.visual_tokens import VisualTokens
 from fused_route.training.vlm_config import VisionLanguageConfig
-from fused_route.training.vlm_generate import Generating
+from fused_route.training.vlm_generate import Generating, refuse_other_number
 
 
 class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
@@ -67,13 +68,13 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
         self.vision = vision
         if vision is None and config.vision_config is not None:
             self.vision = AutoModel.from_config(config.vision_config)
-        if self.vision is not None:
-            self.vision.requires_grad_(False)
+        self._freeze_tower()
         self.image_projection: nn.Linear | None = None
         if config.projection == "linear":
             like = next(self.language.parameters())
             width = self.language.get_input_embeddings().embedding_dim
             self.image_projection = nn.Linear(self.visual_width, width).to(like.device, like.dtype)
+        self.visual_tokens = VisualTokens.of(config.visual_tokens, self.language)
         self.loss_type = _loss_type(config, self.language)
         self.post_init()
 
@@ -114,6 +115,18 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
         )
         return cls(config, tower, language)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, the tower frozen as `from_parts` leaves it."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._freeze_tower()
+        return loaded
+
+    def _freeze_tower(self) -> None:
+        if self.vision is not None:
+            self.vision.requires_grad_(False)
+
     @property
     def visual_width(self) -> int:
         """Width of the features that the tower makes, or that the model is given.
@@ -125,7 +138,7 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
             return int(self.config.visual_width)
         if self.vision is None:
             raise ValueError("vision is None: give visual_width, the width of the features")
-        return width_of(self.vision)
+        return width_of(self.vision, self.config.features)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Features (B, Nv, visual_width) of images, to keep and give as `visual_features`.
@@ -164,7 +177,8 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
             visual_features: (B, Nv, visual_width) or (B, visual_width) in their place.
             visual_mask: (B, Nv), true where a visual token counts; None: all do.
             Others are the language model's. Where visual tokens stand among the text, masks, types
-            and labels are still those of the text alone, and so are the states and scores returned.
+            and labels are still those of the text alone, and so are the states and scores
+            returned; attentions are of all tokens.
 
         Raises:
             ValueError: both or, with visual_tokens, neither of pixel_values and visual_features;
@@ -182,12 +196,14 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
             **kwargs,
         }
         image = self.routing_input(pixel_values, visual_features, visual_mask)
-        _refuse_other_number(image, given)
-        with self.routed_by(image, attention_mask):
-            call = {name: value for name, value in given.items() if value is not None}
-            if self.config.visual_tokens == "none":
+        refuse_other_number(image, given)
+        call = {name: value for name, value in given.items() if value is not None}
+        if self.visual_tokens is None or image is None:
+            with self.routed_by(image, attention_mask):
                 return self.language(**call)
-            call, cut = beside_text(self.config.visual_tokens, self.language, self._visual(), call)
+        with self.context.using(image):
+            call, cut = self.visual_tokens.put(self.language, self._visual(), call)
+        with self.routed_by(image, call.get("attention_mask")):
             return cut(self.language(**call))
 
     def routing_input(
@@ -199,15 +215,29 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             visual_features = self.encode_images(pixel_values)
         if visual_features is None:
+            if visual_mask is not None:
+                raise ValueError("visual_mask is given without pixel_values or visual_features")
             if self.config.visual_tokens != "none":
                 raise ValueError(
                     f"visual_tokens={self.config.visual_tokens!r}, but neither pixel_values nor "
                     "visual_features is given"
                 )
             return None
+        if not isinstance(visual_features, Tensor) or visual_features.dim() not in (2, 3):
+            raise ValueError(
+                f"visual_features must be (B, Nv, {self.visual_width}) or (B, {self.visual_width}),"
+                f" got {shown(visual_features)}"
+            )
         if self.image_projection is not None:
+            if visual_features.shape[-1] != self.visual_width:
+                raise ValueError(
+                    f"visual_features must be {self.visual_width} wide, as visual_width says, got "
+                    f"{tuple(visual_features.shape)}"
+                )
             dtype = next(self.image_projection.parameters()).dtype
             visual_features = self.image_projection(visual_features.to(dtype))
+        if not isinstance(visual_mask, (Tensor, type(None))):
+            raise ValueError(f"visual_mask must be a tensor (B, Nv), got {shown(visual_mask)}")
         valid = None if visual_mask is None else visual_mask.bool()
         return RoutingInput(visual_features, valid)
 
@@ -281,21 +311,50 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
         told = getattr(gradient_checkpointing_func, "keywords", {})
         self._is_reentrant = bool(enable and told.get("use_reentrant", False))
 
-        def with_the_image(block: Callable[..., Any], *args: Any, **more: Any) -> Any:
-            if torch.compiler.is_compiling():  # the image is an input of the block's graph
-                return gradient_checkpointing_func(block, *args, **more)
-            return gradient_checkpointing_func(self.context.captured(block), *args, **more)
+        # A partial: a copy of the model gets one with its own context.
+        func = partial(_with_the_image, self.context, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, func, **kwargs)
 
-        super()._set_gradient_checkpointing(enable, with_the_image, **kwargs)
+    @property
+    def prepare_decoder_input_ids_from_labels(self) -> Any:
+        """An encoder-decoder's, for data collators; no attribute where there is none."""
+        return self.language.prepare_decoder_input_ids_from_labels
+
+    def _get_name(self) -> str:
+        # By it the Trainer knows whose labels its label smoothing has to shift.
+        is_causal = decodes(self.config.text_config) and self.language.can_generate()
+        return type(self.language).__name__ if is_causal else type(self).__name__
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
+
+def _with_the_image(
+    context: RoutingContext,
+    run: Callable[..., Any],
+    block: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """A checkpointed block, its recomputation with the image of its forward."""
+    if torch.compiler.is_compiling():  # the image is an input of the block's graph
+        return run(block, *args, **kwargs)
+    return run(context.captured(block), *args, **kwargs)
 
 
 def _made_language(config: VisionLanguageConfig) -> PreTrainedModel:
     """The language model that a configuration describes, its parameters at random."""
-    kind = getattr(transformers, str(config.language_class), None)
+    kind: Any = getattr(transformers, str(config.language_class), None)
     if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
         raise ValueError(
             f"language_class={shown(config.language_class)} is no model of transformers; put the "
             "parts together with VisionLanguageModel.from_parts"
+        )
+    expected: Any = kind.config_class  # type: ignore[attr-defined]
+    if not isinstance(config.text_config, expected):
+        raise ValueError(
+            f"text_config must be a {expected.__name__} for "
+            f"language_class={config.language_class!r}, got {type(config.text_config).__name__}"
         )
     made: PreTrainedModel = kind(config.text_config)
     return made
@@ -309,15 +368,6 @@ def _loss_type(config: VisionLanguageConfig, language: PreTrainedModel) -> str |
         return "ForCausalLM"  # what transformers falls back to
     told: str | None = language.loss_type
     return told
-
-
-def _refuse_other_number(image: RoutingInput | None, given: dict[str, Any]) -> None:
-    for name in ("input_ids", "inputs_embeds", "decoder_input_ids"):
-        text = given[name]
-        if image is not None and text is not None and text.shape[0] != image.x_r.shape[0]:
-            raise ValueError(
-                f"{name} holds {len(text)} texts, the images are of {len(image.x_r)} samples"
-            )
 
 
 AutoModel.register(VisionLanguageConfig, VisionLanguageModel, exist_ok=True)

@@ -59,6 +59,19 @@ class VisionLanguageConfig(PretrainedConfig):
         self.vision_config, self.text_config = vision, text
 
     @property
+    def pad_token_id(self) -> Any:
+        """The language model's, and so are the others: Seq2SeqTrainer asks for them."""
+        return getattr(self.text_config, "pad_token_id", None)
+
+    @property
+    def eos_token_id(self) -> Any:
+        return getattr(self.text_config, "eos_token_id", None)
+
+    @property
+    def bos_token_id(self) -> Any:
+        return getattr(self.text_config, "bos_token_id", None)
+
+    @property
     def use_cache(self) -> Any:
         """The language model's; the Trainer turns it off."""
         return getattr(self.text_config, "use_cache", None)

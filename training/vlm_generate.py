@@ -7,10 +7,18 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from fused_route import RoutingContext, RoutingInput
-from fused_route.training.visual_tokens import beside_text, joined
+from fused_route.training.visual_tokens import VisualTokens
 
 # What counts the text alone, by what transformers would count visual tokens in
 LENGTHS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
+OF_ENCODER = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "output_hidden_states",
+    "output_attentions",
+)
+NOT_WITH_TOKENS = ("assistant_model", "prompt_lookup_num_tokens", "position_ids", "token_type_ids")
 
 
 class Generating:
@@ -19,6 +27,7 @@ class Generating:
     language: PreTrainedModel
     context: RoutingContext
     config: Any
+    visual_tokens: VisualTokens | None
 
     def routing_input(self, *args: Any, **kwargs: Any) -> RoutingInput | None:
         """The model's."""
@@ -67,10 +76,13 @@ class Generating:
         language = self.language
         if not language.can_generate():
             raise ValueError(f"language={type(language).__name__} does not generate")
+        if inputs is not None and kwargs.get("input_ids") is not None:
+            raise ValueError("inputs and input_ids are both given: give one of them")
         image = self.routing_input(pixel_values, visual_features, visual_mask)
         ids = kwargs.pop("input_ids", inputs)
         call = {"input_ids": ids, "attention_mask": attention_mask, **kwargs}
         call = {name: value for name, value in call.items() if value is not None}
+        refuse_other_number(image, call)
         if getattr(language.config, "is_encoder_decoder", False):
             call = self._encoded(image, call)
         else:
@@ -83,42 +95,48 @@ class Generating:
         """An encoder-decoder's call, the encoder run: once a text, where the decoder has beams."""
         if "encoder_outputs" in call:
             return call
-        place, encoder = self.config.visual_tokens, self.language.get_encoder()
+        encoder, tokens = self.language.get_encoder(), self.visual_tokens
         if "input_ids" in call and "attention_mask" not in call:
             call["attention_mask"] = _not_padding(call["input_ids"], self.generation_config)
-        for_encoder = ("input_ids", "inputs_embeds", "attention_mask")
-        mine = {name: call.pop(name) for name in for_encoder if name in call}
+        mine = {name: call[name] for name in OF_ENCODER if name in call}
         with self.context.using(image, text_mask="all"):
-            if image is not None and place != "none":
-                mine, _ = beside_text(place, self.language, self._visual(), mine)
+            if image is not None and tokens is not None:
+                mine, _ = tokens.put(self.language, self._visual(), mine)
             call["encoder_outputs"] = encoder(**mine, return_dict=True)
-        return {**call, **{k: v for k, v in mine.items() if k == "attention_mask"}}
+        call.pop("inputs_embeds", None)
+        if "attention_mask" in mine:
+            call["attention_mask"] = mine["attention_mask"]
+        return call
 
     def _prompted(self, image: RoutingInput | None, call: dict[str, Any]) -> dict[str, Any]:
         """A decoder's call: visual tokens and prompt embedded, the prompt's ids beside them."""
-        config, place = self.generation_config, self.config.visual_tokens
+        config, tokens = self.generation_config, self.visual_tokens
         if "input_ids" not in call and "inputs_embeds" not in call and image is not None:
             if config.bos_token_id is None:
                 raise ValueError("input_ids is missing, and the language model has no bos_token_id")
             batch, device = len(image.x_r), image.x_r.device
             call["input_ids"] = torch.full((batch, 1), config.bos_token_id, device=device)
-        if image is None or place == "none":
+        if image is None or tokens is None:
             return call
         if "input_ids" not in call:
             raise ValueError("input_ids is missing: visual tokens stand beside a text")
+        for name in NOT_WITH_TOKENS:
+            if self._setting(name, call) is not None:
+                raise ValueError(
+                    f"{name} with visual_tokens={tokens.place!r}: transformers does not carry "
+                    "embedded prompts through it; leave it out"
+                )
         ids = call["input_ids"]
-        if "attention_mask" not in call:
-            call["attention_mask"] = _not_padding(ids, config)
+        call.setdefault("attention_mask", _not_padding(ids, config))
         with self.context.using(image):
-            visual = self._visual()
-        embedded = self.language.get_input_embeddings()(ids)
-        seen = call["attention_mask"].new_ones(visual.x_r.shape[:2])
-        if visual.mask is not None:
-            seen = visual.mask.to(seen.dtype)
-        call["inputs_embeds"] = joined("before", visual.x_r.to(embedded.dtype), embedded)
-        call["attention_mask"] = joined("before", seen, call["attention_mask"])
+            told = {"input_ids": ids, "attention_mask": call["attention_mask"]}
+            put, _ = tokens.put(self.language, self._visual(), told)
+        call["inputs_embeds"], call["attention_mask"] = put["inputs_embeds"], put["attention_mask"]
+        given = call.get("generation_config")
         for length, new in LENGTHS.items():
-            if new not in call and (wanted := self._setting(length, call)) is not None:
+            wanted = self._setting(length, call)
+            is_told = call.get(new) is not None or getattr(given, new, None) is not None
+            if wanted is not None and not is_told:
                 call[new] = max(wanted - ids.shape[1], 0)
             call.pop(length, None)
         return call
@@ -130,7 +148,10 @@ class Generating:
             ValueError: there is none of this width.
         """
         embedding: Any = self.language.get_input_embeddings()
-        return self.context.get(embedding.embedding_dim, "the embedding of visual tokens")
+        try:
+            return self.context.get(embedding.embedding_dim, "the embedding of visual tokens")
+        except ValueError as error:
+            raise ValueError(f"{error}; or build the model with projection='linear'") from None
 
     def _setting(self, name: str, given: dict[str, Any]) -> Any:
         """A setting of `generate`: given by name, in a configuration, or the model's own."""
@@ -147,6 +168,16 @@ class Generating:
         return max(
             self._setting(name, given) or 1 for name in ("num_beams", "num_return_sequences")
         )
+
+
+def refuse_other_number(image: RoutingInput | None, given: dict[str, Any]) -> None:
+    """ValueError where texts and images are not of the same samples."""
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids"):
+        text = given.get(name)
+        if image is not None and text is not None and len(text) != len(image.x_r):
+            raise ValueError(
+                f"{name} holds {len(text)} texts, the images are of {len(image.x_r)} samples"
+            )
 
 
 def _not_padding(ids: Tensor, config: GenerationConfig) -> Tensor:
