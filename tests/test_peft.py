@@ -272,6 +272,15 @@ def test_modules_to_save_and_projector(tmp_path: Path) -> None:
         model.add_adapter("second", config)
 
 
+def test_unloading_takes_hooks_out() -> None:
+    config = RoutedLoraConfig(r=2, target_modules=["encoder_attn.q_proj"], routed_by="encoder")
+    base = MODELS["bart"]()
+    model = peft.get_peft_model(base, config)
+    assert any(module._forward_pre_hooks for module in model.modules())
+    unloaded = model.unload()
+    assert not any(module._forward_pre_hooks for module in unloaded.modules())
+
+
 def test_the_models_own_context_is_used() -> None:
     base = MODELS["bert"]()
     base.context = RoutingContext()

@@ -285,6 +285,7 @@ def test_what_has_no_place_is_refused(what: str) -> None:
         make()
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 def test_lengths_that_the_caller_gives_come_first() -> None:
     model = before("gpt2").eval()
     model.generation_config.eos_token_id = None
@@ -292,6 +293,8 @@ def test_lengths_that_the_caller_gives_come_first() -> None:
     given = GenerationConfig(max_new_tokens=3, pad_token_id=0)
     assert model.generate(texts(2), generation_config=given, **IMAGE).shape == (2, 8)
     assert model.generate(texts(2), max_new_tokens=2, **IMAGE).shape == (2, 7)
+    model.generation_config.max_length = GenerationConfig().max_length
+    assert model.generate(texts(2), **IMAGE).shape == (2, 25)  # transformers' own: 20 new ones
 
 
 @pytest.mark.parametrize("place", ["none", "before"])

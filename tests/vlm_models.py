@@ -142,7 +142,9 @@ def drawn(model: Any) -> Any:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(part.startswith(("lora_", "adapter_")) for part in name.split(".")):
+            parts = name.split(".")
+            is_ours = parts[-1] in ("A", "B", "b_A", "b_B")  # of attach's layers
+            if is_ours or any(part.startswith(("lora_", "adapter_")) for part in parts):
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
     return model
 
