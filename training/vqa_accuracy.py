@@ -15,17 +15,17 @@ NUMBERS = {
 } | {"none": "0"}
 # What may be typed without its apostrophe. Words that are others without one ("we'll", "she'd") are
 # not among them.
-CONTRACTIONS = (
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't "
-    "haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't "
-    "mightn't've might've mustn't must've needn't not've o'clock oughtn't shan't she'd've should've "
-    "shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll "
-    "someone's something'd something'd've something'll that's there'd there'd've there're there's "
-    "they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're "
-    "what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll "
-    "why're why's won't would've wouldn't wouldn't've y'all y'all'll you'd you'd've you'll you're "
-    "you've"
-).split()
+CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
+hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
+mightn't've might've mustn't must've needn't not've o'clock oughtn't shan't she'd've
+should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+someone'll someone's something'd something'd've something'll that's there'd there'd've
+there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't
+what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's
+who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll you'd you'd've
+you'll you're you've
+"""
 # Written otherwise by the official table.
 IRREGULAR = {
     "ow's'at": "'ow's'at",
@@ -49,7 +49,9 @@ def _one_missing(word: str) -> list[str]:
     return [word[:place] + word[place + 1 :] for place in places]
 
 
-EXPANDED = {typed: word for word in CONTRACTIONS for typed in _one_missing(word)} | IRREGULAR
+EXPANDED = {
+    typed: word for word in CONTRACTIONS.split() for typed in _one_missing(word)
+} | IRREGULAR
 
 
 def normalized(answer: str) -> str:
