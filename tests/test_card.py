@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import BUILT_IN
 from test_attach import bert
 
-from fused_route import ROUTES, Attached, RoutedConfig, attach
+from fused_route import Attached, RoutedConfig, attach
 from fused_route.card import FORMULAS, START
 
 
@@ -31,7 +32,7 @@ def test_a_save_writes_what_it_is_and_how_it_loads(tmp_path: Path) -> None:
 
 
 def test_every_route_has_its_formula() -> None:
-    assert set(FORMULAS) == set(ROUTES) - {"self_gram"}
+    assert set(FORMULAS) == set(BUILT_IN) - {"self_gram"}
 
 
 def test_what_else_is_in_the_file_stays(tmp_path: Path) -> None:
