@@ -18,7 +18,7 @@ FORMULAS = {
     "ones": "x_t x_vᵀ 1",
     "ones_relu": "relu(x_t) relu(x_v)ᵀ 1",
 }
-HOSTS = {
+TITLES = {
     "ROUTED_LORA": ("Routed LoRA", "y = base(x_h) + (lora_alpha / r) z Bᵀ"),
     "ROUTED_ADAPTER": ("Routed adapter", "y = x_h + act(z) Bᵀ + b_B"),
 }
@@ -57,7 +57,7 @@ def write_card(directory: str | os.PathLike[str], config: Mapping[str, Any]) -> 
 
 def section(config: Mapping[str, Any]) -> str:
     """Markdown about a checkpoint with these settings."""
-    title, formula = HOSTS[config["peft_type"]]
+    title, formula = TITLES[config["peft_type"]]
     route = str(config.get("route"))
     mixed = FORMULAS.get(route)
     settings = [

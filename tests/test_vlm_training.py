@@ -78,7 +78,7 @@ def test_checkpointing_keeps_the_image_of_each_forward(language: str, place: str
 
 
 def test_reentrant_checkpointing() -> None:
-    """With the projected features given: through a projector it would go backward twice."""
+    """Behind a frozen projector: through a trained one it would go backward twice."""
     model = routed("gpt2").train()
     model.base_model.visual_projector.requires_grad_(False)
     expected = gradients(model, "gpt2", (1, 2))
@@ -251,6 +251,11 @@ def test_evaluates_and_keeps_the_best(tmp_path: Path) -> None:
     out = run.predict(Samples(6))
     assert out.predictions.shape == (6, 5)
     assert {"eval_loss", "eval_accuracy"} <= run.evaluate().keys()
+
+
+def test_columns_that_no_argument_takes_are_dropped(tmp_path: Path) -> None:
+    batch = next(iter(trainer(tmp_path).get_train_dataloader()))
+    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "labels"}
 
 
 def test_cached_features_train_alike(tmp_path: Path) -> None:

@@ -11,6 +11,11 @@ PROJECTIONS = ("none", "linear")
 VISUAL_TOKENS = ("none", "before", "after")
 
 
+def _of_text(name: str) -> Any:
+    """A setting that is the language model's: Seq2SeqTrainer asks the whole model for it."""
+    return property(lambda config: getattr(config.text_config, name, None))
+
+
 class VisionLanguageConfig(PretrainedConfig):
     """Configuration of a `VisionLanguageModel`.
 
@@ -58,18 +63,9 @@ class VisionLanguageConfig(PretrainedConfig):
         # After it: it would overwrite the attention implementation that the parts run with.
         self.vision_config, self.text_config = vision, text
 
-    @property
-    def pad_token_id(self) -> Any:
-        """The language model's, and so are the others: Seq2SeqTrainer asks for them."""
-        return getattr(self.text_config, "pad_token_id", None)
-
-    @property
-    def eos_token_id(self) -> Any:
-        return getattr(self.text_config, "eos_token_id", None)
-
-    @property
-    def bos_token_id(self) -> Any:
-        return getattr(self.text_config, "bos_token_id", None)
+    pad_token_id = _of_text("pad_token_id")
+    eos_token_id = _of_text("eos_token_id")
+    bos_token_id = _of_text("bos_token_id")
 
     @property
     def use_cache(self) -> Any:

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from fused_route import RoutingContext, RoutingInput
 from fused_route.training.visual_tokens import VisualTokens
 
-# What counts the text alone, by what transformers would count visual tokens in
+# Lengths of the text alone: given as new tokens, since transformers would count visual ones too.
 LENGTHS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
 OF_ENCODER = (
     "input_ids",
@@ -159,7 +159,7 @@ class Generating:
             return given[name]
         for config in (given.get("generation_config"), self.generation_config):
             value = getattr(config, name, None)
-            if value is not None and value != getattr(GenerationConfig(), name):
+            if value is not None and value != getattr(GenerationConfig(), name, None):
                 return value
         return None
 

@@ -64,6 +64,7 @@ class _RoutedModel(BaseTuner):
                 "features yourself"
             )
         self._targets = find_targets(model, self._routed)
+        self._target_names = {name for target in self._targets for name in target.names}
         self._context = self._find_context(model)
         self._widths: set[int] = set()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -103,7 +104,7 @@ class _RoutedModel(BaseTuner):
                 yield name, module
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:
-        return any(key in target.names for target in self._targets)
+        return key in self._target_names
 
     def _create_and_replace(
         self,
