@@ -12,7 +12,7 @@ from test_attach import gpt2
 
 from fused_route import RoutedConfig, attach
 from fused_route.training import cli, demo, easy_vqa
-from fused_route.training.models import VqaClassifier, attach_routing, load_encoder
+from fused_route.training.models import VqaClassifier, load_encoder
 from fused_route.training.packages import missing
 from fused_route.training.predict import answer
 from fused_route.training.task import encoder_directory
@@ -142,7 +142,7 @@ def test_predict_equals_the_trained_model(arm: demo.Arm, small: list[Path]) -> N
     image, question = paths[questions.image_ids[7]], questions.texts[7]
     encoder, tokenizer = load_encoder(encoder_directory(), demo.Settings().layers)
     model = VqaClassifier(encoder, 13, prefix=arm.prefix)
-    attach_routing(model, earlier / arm.folder)
+    attach(model, earlier / arm.folder)
     tower = load_efficientnet_lite0()
     features = tower.encode(tower.transform(load_image(image)).unsqueeze(0))
     tokens = tokenizer([question], return_tensors="pt")

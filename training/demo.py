@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_route import Attached, RoutedConfig, __version__, checkpoint
+from fused_route import Attached, RoutedConfig, __version__, attach, checkpoint
 from fused_route.checks import finite, whole
 from fused_route.training import easy_vqa
 from fused_route.training.easy_vqa import Questions
@@ -27,7 +27,6 @@ from fused_route.training.figures import PREFIX, Example
 from fused_route.training.models import (
     HEAD,
     VqaClassifier,
-    attach_routing,
     fit_projector,
     load_encoder,
 )
@@ -178,7 +177,7 @@ def build(
         projector="frozen",
         modules_to_save=(HEAD,),
     )
-    attached = attach_routing(model, config)
+    attached = attach(model, config)
     assert attached.projector is not None
     fit_projector(attached.projector, train.features)
     return model, attached

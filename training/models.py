@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_route import Attached, RoutedConfig, RoutingContext, VisualProjector, attach
+from fused_route import RoutingContext, VisualProjector
 
 HEAD = "head"
 
@@ -87,11 +87,6 @@ def load_encoder(directory: Path, layers: int | None = None) -> Any:
         encoder.config.num_hidden_layers = layers
     encoder.pooler = None  # the classifier reads the states of all tokens
     return encoder.eval(), AutoTokenizer.from_pretrained(directory)
-
-
-def attach_routing(model: VqaClassifier, config: RoutedConfig | Path) -> Attached:
-    """`attach` with the model's own context, which its forward sets."""
-    return attach(model, config, model.context)
 
 
 @torch.no_grad()

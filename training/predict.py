@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from fused_route.training.models import VqaClassifier, attach_routing, load_encoder
+from fused_route import attach
+from fused_route.training.models import VqaClassifier, load_encoder
 from fused_route.training.task import encoder_directory, read_task
 from fused_route.training.vision import load_efficientnet_lite0, load_image
 
@@ -28,7 +29,7 @@ def answer(adapter: Path, image: Path | str, question: str) -> list[tuple[str, f
         raise ValueError(f"{adapter} was trained on features of {task.vision}, not {tower.name}")
     encoder, tokenizer = load_encoder(encoder_directory(), task.layers)
     model = VqaClassifier(encoder, len(task.answers), prefix=task.prefix)
-    attach_routing(model, adapter)
+    attach(model, adapter)
     tokens = tokenizer([question], return_tensors="pt")
     longest = encoder.config.max_position_embeddings - int(task.prefix)
     if tokens["input_ids"].shape[1] > longest:
