@@ -20,11 +20,11 @@ FORMULAS = {
 }
 TITLES = {
     "ROUTED_LORA": ("Routed LoRA", "y = base(x_h) + (lora_alpha / r) z Bᵀ"),
-    "ROUTED_ADAPTER": ("Routed adapter", "y = x_h + act(z) Bᵀ + b_B"),
+    "ROUTED_ADAPTER": ("Routed adapter", "y = {residual}act(z) Bᵀ + b_B"),
 }
 SHOWN = (
-    "r", "lora_alpha", "target_modules", "adapted", "of", "route", "normalize", "pool",
-    "routed_by", "inner_rank", "visual_width", "activation", "norm", "residual", "position",
+    "r", "lora_alpha", "target_modules", "adapted", "of", "route", "transpose", "segments",
+    "normalize", "pool", "routed_by", "inner_rank", "visual_width", "activation", "norm", "residual", "position",
     "modules_to_save", "train",
 )  # fmt: skip
 
@@ -60,6 +60,9 @@ def section(config: Mapping[str, Any]) -> str:
     title, formula = TITLES[config["peft_type"]]
     route = str(config.get("route"))
     mixed = FORMULAS.get(route)
+    split = config.get("inner_rank") is not None
+    down = "x_t = x_h Aᵀ Uᵀ, x_v = x_r A_vᵀ U_vᵀ" if split else "x_t = x_h Aᵀ, x_v = x_r Aᵀ"
+    formula = formula.format(residual="x_h + " if config.get("residual", True) else "")
     settings = [
         f"| {name} | `{config[name]}` |" for name in SHOWN if config.get(name) not in (None, [], ())
     ]
@@ -71,7 +74,7 @@ def section(config: Mapping[str, Any]) -> str:
             "The text's hidden states x_h are projected down, mixed there with the equally "
             "projected image x_r, and projected up ([arXiv 2403.09377](https://arxiv.org/abs/2403.09377)):",
             "",
-            f"    x_t = x_h Aᵀ, x_v = x_r Aᵀ, z = {mixed or f'φ(x_t, x_v) of route {route!r}'}",
+            f"    {down}, z = {mixed or f'φ(x_t, x_v) of route {route!r}'}",
             f"    {formula}",
             "",
             "| setting | |",

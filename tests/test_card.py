@@ -31,6 +31,15 @@ def test_a_save_writes_what_it_is_and_how_it_loads(tmp_path: Path) -> None:
     assert "projector" not in card and "None" not in card
 
 
+def test_the_formula_is_that_of_the_settings(tmp_path: Path) -> None:
+    attached(host="adapter", residual=False, inner_rank=2, r=4).save(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "    y = act(z) Bᵀ + b_B" in card
+    assert "x_t = x_h Aᵀ Uᵀ, x_v = x_r A_vᵀ U_vᵀ, z = x_t ∘ x_v" in card
+    attached(host="adapter").save(tmp_path)
+    assert "y = x_h + act(z) Bᵀ" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 def test_every_route_has_its_formula() -> None:
     assert set(FORMULAS) == set(BUILT_IN) - {"self_gram"}
 

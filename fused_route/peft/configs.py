@@ -11,9 +11,6 @@ from ..checks import shown
 from ..config import HOSTS, RoutedConfig
 from .register import member
 
-# Settings of `RoutedConfig` that PEFT has its own means for, or none.
-FIXED = {"train": "modules_to_save", "share": "attach"}
-
 # Arguments of peft.LoraConfig that routed LoRA has no use for, and what they may say all the same.
 OF_LORA: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
