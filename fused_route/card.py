@@ -24,8 +24,8 @@ TITLES = {
 }
 SHOWN = (
     "r", "lora_alpha", "target_modules", "adapted", "of", "route", "transpose", "segments",
-    "normalize", "pool", "routed_by", "inner_rank", "visual_width", "activation", "norm", "residual", "position",
-    "modules_to_save", "train",
+    "normalize", "pool", "routed_by", "inner_rank", "visual_width", "activation", "norm",
+    "residual", "position", "modules_to_save", "train",
 )  # fmt: skip
 
 
