@@ -48,7 +48,7 @@ demo-full: $(READY)
 
 # What the demo needs on a machine without its data packages and without a network, as one file.
 demo-bundle: $(READY)
-	$(BIN)/python -m fused_route.training.bundle
+	$(BIN)/python -m fused_route.training.demo.bundle
 
 lint: $(READY)
 	timeout $(LINT_BUDGET) $(BIN)/ruff check .

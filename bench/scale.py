@@ -22,11 +22,11 @@ from torch import Tensor
 
 from fused_route import Attached, RoutedLinear
 from fused_route.reference import grouped
-from fused_route.training import demo
-from fused_route.training.features import CACHE_DIR
-from fused_route.training.models import VqaClassifier, load_encoder
-from fused_route.training.task import encoder_directory
-from fused_route.training.vision import load_efficientnet_lite0
+from fused_route.training.demo import compare
+from fused_route.training.demo.features import CACHE_DIR
+from fused_route.training.demo.models import VqaClassifier, load_encoder
+from fused_route.training.demo.task import encoder_directory
+from fused_route.training.demo.vision import load_efficientnet_lite0
 
 
 @dataclass
@@ -93,11 +93,11 @@ def measure(
     return sum(gains) / len(gains), mean_x_v, updates, sum(bases) / len(bases)
 
 
-def train(run: Run, train_split: demo.Split, test_split: demo.Split, seed: int = 0) -> Run:
+def train(run: Run, train_split: compare.Split, test_split: compare.Split, seed: int = 0) -> Run:
     """Trains as the demo does, without clipping, and measures along the way."""
     torch.manual_seed(seed)
-    arm, settings = demo.Arm(run.route, run.normalize), demo.Settings(rank=run.rank)
-    model, attached = demo.build(arm, settings, train_split)
+    arm, settings = compare.Arm(run.route, run.normalize), compare.Settings(rank=run.rank)
+    model, attached = compare.build(arm, settings, train_split)
     parameters = list(attached.trainable_parameters())
     optimiser = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=0.0)
     warm_up = run.steps // 10
@@ -124,7 +124,7 @@ def train(run: Run, train_split: demo.Split, test_split: demo.Split, seed: int =
         schedule.step()
         run.loss.append(float(out["loss"].detach()))
     some = torch.randperm(len(test_split), generator=torch.Generator().manual_seed(0))[:2000]
-    right = demo.predict(model, test_split, some) == test_split.labels[some]
+    right = compare.predict(model, test_split, some) == test_split.labels[some]
     run.accuracy, run.seconds = float(right.float().mean()), time.perf_counter() - started
     return run
 
@@ -162,8 +162,8 @@ def line(run: Run) -> list[str]:
 
 def study(runs: list[Run], out: Path) -> None:
     """Trains every run, prints a row for each as it ends, and writes all of them as JSON."""
-    _, tokenizer = load_encoder(encoder_directory(), demo.Settings().layers)
-    splits = demo.load_splits(load_efficientnet_lite0(), tokenizer, CACHE_DIR)
+    _, tokenizer = load_encoder(encoder_directory(), compare.Settings().layers)
+    splits = compare.load_splits(load_efficientnet_lite0(), tokenizer, CACHE_DIR)
     print("| " + " | ".join([*COLUMNS, "loss", "test"]) + " |")
     print("|" + " --- |" * (len(COLUMNS) + 2))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -111,11 +111,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """
     from small_demo import ARMS, first_images_only
 
-    from fused_route.training import demo
+    from fused_route.training.demo import compare
 
     folder, cache = tmp_path_factory.mktemp("runs") / "demo", tmp_path_factory.mktemp("cache")
-    settings = demo.Settings(steps=3, batch=16, out=folder, cache=cache)
+    settings = compare.Settings(steps=3, batch=16, out=folder, cache=cache)
     with first_images_only():
-        assert demo.run(settings, ARMS) == folder / "report.md"
-        demo.run(replace(settings, steps=2), ARMS[:1])
+        assert compare.run(settings, ARMS) == folder / "report.md"
+        compare.run(replace(settings, steps=2), ARMS[:1])
     return [folder, cache]

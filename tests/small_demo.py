@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fused_route.training import demo, easy_vqa
+from fused_route.training.data import easy_vqa
+from fused_route.training.demo import compare
 
 IMAGES = 60
-ARMS = (demo.Arm("none"), demo.Arm("gram", "unit"), demo.Arm("mul", prefix=True))
+ARMS = (compare.Arm("none"), compare.Arm("gram", "unit"), compare.Arm("mul", prefix=True))
 
 
 def first(questions: easy_vqa.Questions) -> easy_vqa.Questions:
@@ -32,10 +33,10 @@ def first_images_only() -> Iterator[None]:
         yield
 
 
-def made_up_split() -> demo.Split:
+def made_up_split() -> compare.Split:
     """Sixteen questions of random tokens about random features."""
     ids = torch.randint(1000, 2000, (16, 5))
-    return demo.Split(
+    return compare.Split(
         easy_vqa.Questions([], [], []), ids, torch.ones_like(ids), torch.arange(16),
         torch.randint(0, 13, (16,)), torch.randn(16, 400),
     )  # fmt: skip

@@ -13,9 +13,10 @@ import torch
 from small_demo import IMAGES, first, first_images_only
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from fused_route.training import bundle, demo, easy_vqa
-from fused_route.training.models import VqaClassifier, load_encoder
-from fused_route.training.task import encoder_directory
+from fused_route.training.data import easy_vqa
+from fused_route.training.demo import bundle, compare
+from fused_route.training.demo.models import VqaClassifier, load_encoder
+from fused_route.training.demo.task import encoder_directory
 
 LAYERS, WIDTH = 2, 6
 NAMES: tuple[easy_vqa.Split, ...] = ("train", "test")
@@ -47,7 +48,7 @@ def packed(
     tokenizer = AutoTokenizer.from_pretrained(encoder_directory())
     with first_images_only():
         train, test = (
-            demo.split_of(easy_vqa.load(name), tokenizer, torch.from_numpy(features[name]))
+            compare.split_of(easy_vqa.load(name), tokenizer, torch.from_numpy(features[name]))
             for name in NAMES
         )
         images = easy_vqa.image_paths("test")
@@ -86,8 +87,8 @@ def test_splits_are_those_of_the_packages(file: Path, tmp_path: Path) -> None:
     data = bundle.load(file, LAYERS, tmp_path)
     _, tokenizer = load_encoder(encoder_directory(), 1)
     with pytest.MonkeyPatch.context() as patch, first_images_only():
-        patch.setattr(demo, "encode_images", lambda *_: data.train.features.numpy())
-        theirs = demo.load_splits(None, tokenizer, tmp_path)  # type: ignore[arg-type]
+        patch.setattr(compare, "encode_images", lambda *_: data.train.features.numpy())
+        theirs = compare.load_splits(None, tokenizer, tmp_path)  # type: ignore[arg-type]
     for ours, split in zip((data.train, data.test), theirs, strict=True):
         for name in ("input_ids", "attention_mask", "images", "labels"):
             assert torch.equal(getattr(ours, name), getattr(split, name)), name
@@ -114,12 +115,12 @@ def test_the_real_encoder_fits_and_says_nearly_the_same(
     features: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     out = tmp_path / "demo.tar"
-    assert packed(out, encoder_directory(), features, layers=demo.Settings.layers) < 36 * 2**20
+    assert packed(out, encoder_directory(), features, layers=compare.Settings.layers) < 36 * 2**20
     data = bundle.load(out, into=tmp_path)
     tokens = {"input_ids": data.test.input_ids[:8], "attention_mask": data.test.attention_mask[:8]}
     with torch.no_grad():
         ours, theirs = (
-            load_encoder(folder, demo.Settings.layers)[0](**tokens).last_hidden_state
+            load_encoder(folder, compare.Settings.layers)[0](**tokens).last_hidden_state
             for folder in (data.encoder, encoder_directory())
         )
     assert ours.dtype == torch.float32
@@ -248,7 +249,7 @@ def test_command(
     def encoded(tower: object, paths: list[Path], cache: Path) -> np.ndarray:
         return np.ones((len(paths), 1280), np.float32)
 
-    monkeypatch.setattr(demo, "encode_images", encoded)
+    monkeypatch.setattr(compare, "encode_images", encoded)
     monkeypatch.setattr(bundle, "encoder_directory", lambda: encoder)
     out = tmp_path / "demo.tar.gz"
     with first_images_only():

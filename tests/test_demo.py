@@ -11,12 +11,15 @@ from small_demo import ARMS, first, first_images_only
 from test_attach import gpt2
 
 from fused_route import RoutedConfig, attach
-from fused_route.training import cli, demo, easy_vqa
-from fused_route.training.models import VqaClassifier, load_encoder
+from fused_route.training import cli
+from fused_route.training.data import easy_vqa
+from fused_route.training.data.images import load_image
+from fused_route.training.demo import compare
+from fused_route.training.demo.models import VqaClassifier, load_encoder
+from fused_route.training.demo.predict import answer
+from fused_route.training.demo.task import encoder_directory
+from fused_route.training.demo.vision import load_efficientnet_lite0
 from fused_route.training.packages import missing
-from fused_route.training.predict import answer
-from fused_route.training.task import encoder_directory
-from fused_route.training.vision import load_efficientnet_lite0, load_image
 
 
 def test_demo_leaves_a_report_and_adapters(small: list[Path]) -> None:
@@ -135,12 +138,12 @@ def test_predict_answers_from_the_saved_adapter(
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.folder)
-def test_predict_equals_the_trained_model(arm: demo.Arm, small: list[Path]) -> None:
+def test_predict_equals_the_trained_model(arm: compare.Arm, small: list[Path]) -> None:
     """Loaded by hand, the model gives predict's probabilities; its answers are the report's."""
     (earlier,) = (p for p in small[0].parent.iterdir() if p != small[0])
     questions, paths = first(easy_vqa.load("test")), easy_vqa.image_paths("test")
     image, question = paths[questions.image_ids[7]], questions.texts[7]
-    encoder, tokenizer = load_encoder(encoder_directory(), demo.Settings().layers)
+    encoder, tokenizer = load_encoder(encoder_directory(), compare.Settings().layers)
     model = VqaClassifier(encoder, 13, prefix=arm.prefix)
     attach(model, earlier / arm.folder)
     tower = load_efficientnet_lite0()
@@ -187,31 +190,31 @@ def test_predict_refuses_a_task_that_does_not_fit(
 def test_an_interrupted_run_keeps_what_it_has_and_what_was_there(
     small: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, run_arm = [], demo.run_arm
+    calls, run_arm = [], compare.run_arm
 
-    def interrupted(arm: demo.Arm, *rest: Any) -> Any:
+    def interrupted(arm: compare.Arm, *rest: Any) -> Any:
         calls.append(arm)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return run_arm(arm, *rest)
 
-    monkeypatch.setattr(demo, "run_arm", interrupted)
+    monkeypatch.setattr(compare, "run_arm", interrupted)
     out = tmp_path / "demo"
-    settings = demo.Settings(steps=1, batch=8, layers=1, out=out, cache=small[1])
+    settings = compare.Settings(steps=1, batch=8, layers=1, out=out, cache=small[1])
     with first_images_only(), pytest.raises(KeyboardInterrupt):
-        demo.run(settings, ARMS)
+        compare.run(settings, ARMS)
     record = json.loads((out / "results.json").read_text())
     assert [run["name"] for run in record["results"]] == [ARMS[0].name]
     calls[:] = [ARMS[0]]  # now interrupted before its first arm is trained
     with first_images_only(), pytest.raises(KeyboardInterrupt):
-        demo.run(settings, ARMS)
+        compare.run(settings, ARMS)
     assert (out / ARMS[0].folder / "task.json").is_file() and list(tmp_path.iterdir()) == [out]
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="holds other files"):
-        demo.Settings(out=tmp_path)
+        compare.Settings(out=tmp_path)
 
 
 def test_a_missing_package_is_named_with_its_command() -> None:
@@ -221,9 +224,9 @@ def test_a_missing_package_is_named_with_its_command() -> None:
 
 def test_several_seeds_give_a_mean_and_a_spread(small: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "full"
-    settings = demo.Settings(steps=1, batch=8, layers=1, seeds=2, out=out, cache=small[1])
+    settings = compare.Settings(steps=1, batch=8, layers=1, seeds=2, out=out, cache=small[1])
     with first_images_only():
-        report = demo.run(settings, ARMS[:2]).read_text()
+        report = compare.run(settings, ARMS[:2]).read_text()
     assert "±" in report and (out / "none-seed1" / "task.json").is_file()
     record = json.loads((out / "results.json").read_text())
     assert [(run["name"], run["seed"]) for run in record["results"]] == [

@@ -10,10 +10,12 @@ from small_demo import first, first_images_only, made_up_split
 from torch import Tensor
 
 from fused_route import VisualProjector
-from fused_route.training import demo, easy_vqa
-from fused_route.training.models import VqaClassifier, fit_projector, load_encoder
-from fused_route.training.task import encoder_directory
-from fused_route.training.vision import load_efficientnet_lite0, load_image
+from fused_route.training.data import easy_vqa
+from fused_route.training.data.images import load_image
+from fused_route.training.demo import compare
+from fused_route.training.demo.models import VqaClassifier, fit_projector, load_encoder
+from fused_route.training.demo.task import encoder_directory
+from fused_route.training.demo.vision import load_efficientnet_lite0
 
 
 @pytest.mark.parametrize("prefix", [False, True])
@@ -51,7 +53,7 @@ def test_splits_are_what_the_data_set_says(small: list[Path]) -> None:
     _, tokenizer = load_encoder(encoder_directory(), 1)
     tower = load_efficientnet_lite0()
     with first_images_only():
-        splits = demo.load_splits(tower, tokenizer, small[1])
+        splits = compare.load_splits(tower, tokenizer, small[1])
     names: tuple[easy_vqa.Split, ...] = ("train", "test")
     for name, split in zip(names, splits, strict=True):
         assert split.questions == first(load(name)) and len(split) == len(split.questions.texts)
@@ -66,45 +68,45 @@ def test_splits_are_what_the_data_set_says(small: list[Path]) -> None:
 
 def test_every_arm_is_run_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[dict[str, Tensor]] = []
-    build = demo.build
+    build = compare.build
 
     def watch(*arguments: Any) -> Any:
         _, attached = build(*arguments)
         starts.append({name: p.clone() for name, p in attached.tensors().items()})
         raise RuntimeError("seen enough")
 
-    monkeypatch.setattr(demo, "build", watch)
+    monkeypatch.setattr(compare, "build", watch)
     split = made_up_split()
-    for arm in (demo.Arm("mul"), demo.Arm("none", prefix=True)):
+    for arm in (compare.Arm("mul"), compare.Arm("none", prefix=True)):
         with pytest.raises(RuntimeError, match="seen enough"):
-            demo.run_arm(arm, 3, demo.Settings(layers=1), split, split)
+            compare.run_arm(arm, 3, compare.Settings(layers=1), split, split)
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
 
 
 def test_training_that_diverges_says_so(tmp_path: Path) -> None:
     split = made_up_split()
-    settings = demo.Settings(steps=8, batch=2, layers=1, lr=1e30, out=tmp_path)
-    model, _ = demo.build(demo.Arm("gram"), settings, split)
+    settings = compare.Settings(steps=8, batch=2, layers=1, lr=1e30, out=tmp_path)
+    model, _ = compare.build(compare.Arm("gram"), settings, split)
     with pytest.raises(ValueError, match=r"lr=1e\+30: training diverged"):
-        demo.fit(model, split, split, settings, seed=0)
+        compare.fit(model, split, split, settings, seed=0)
 
 
 def test_the_image_reaches_the_answer_only_through_what_an_arm_has() -> None:
     _, tokenizer = load_encoder(encoder_directory(), 1)
     tokens = tokenizer(["is there a circle?", "what is it?"], padding=True, return_tensors="pt")
 
-    def scores(arm: demo.Arm, features: Tensor) -> Tensor:
+    def scores(arm: compare.Arm, features: Tensor) -> Tensor:
         torch.manual_seed(0)
         none = torch.empty(0)
         features_seen = torch.randn(50, 400)
-        fake = demo.Split(easy_vqa.Questions([], [], []), none, none, none, none, features_seen)
-        model, attached = demo.build(arm, demo.Settings(layers=1), fake)
+        fake = compare.Split(easy_vqa.Questions([], [], []), none, none, none, none, features_seen)
+        model, attached = compare.build(arm, compare.Settings(layers=1), fake)
         for layer in attached.layers.values():
             torch.nn.init.normal_(layer.B)
         return model.eval()(tokens["input_ids"], tokens["attention_mask"], features)["logits"]
 
     one, other = torch.randn(2, 400), torch.randn(2, 400)
-    for arm in (demo.Arm("none"), demo.Arm("mul"), demo.Arm("none", prefix=True)):
+    for arm in (compare.Arm("none"), compare.Arm("mul"), compare.Arm("none", prefix=True)):
         sees = arm.route != "none" or arm.prefix
         assert torch.equal(scores(arm, one), scores(arm, other)) != sees, arm
 
@@ -126,15 +128,15 @@ def test_mul_learns_what_none_cannot(small: list[Path]) -> None:
     tower = load_efficientnet_lite0()
     _, tokenizer = load_encoder(encoder_directory(), 1)
     with first_images_only():
-        train, test = demo.load_splits(tower, tokenizer, small[1])
-    settings = demo.Settings(steps=120, batch=32, layers=1, out=small[0])
+        train, test = compare.load_splits(tower, tokenizer, small[1])
+    settings = compare.Settings(steps=120, batch=32, layers=1, out=small[0])
     fitted = {}
     for route in ("none", "mul"):
         torch.manual_seed(0)
-        model, _ = demo.build(demo.Arm(route), settings, train)
-        demo.fit(model, train, test, settings, seed=0)
+        model, _ = compare.build(compare.Arm(route), settings, train)
+        compare.fit(model, train, test, settings, seed=0)
         every = torch.arange(len(train))
-        right = demo.predict(model, train, every) == train.labels
+        right = compare.predict(model, train, every) == train.labels
         fitted[route] = float(right.float().mean())
     prior = easy_vqa.question_only_baseline(train.questions, train.questions)
     ceiling = easy_vqa.accuracy_by_type(prior, train.questions.answers)["all"]
@@ -143,11 +145,12 @@ def test_mul_learns_what_none_cannot(small: list[Path]) -> None:
 
 def test_arms_start_from_the_same_values_and_differ_in_nothing_else() -> None:
     none = torch.empty(0)
-    train = demo.Split(easy_vqa.Questions([], [], []), none, none, none, none, torch.randn(50, 400))
+    every = torch.randn(50, 400)
+    train = compare.Split(easy_vqa.Questions([], [], []), none, none, none, none, every)
     starts = []
-    for arm in demo.ARMS:
+    for arm in compare.ARMS:
         torch.manual_seed(0)
-        _, attached = demo.build(arm, demo.Settings(layers=1), train)
+        _, attached = compare.build(arm, compare.Settings(layers=1), train)
         starts.append({n: p.clone() for n, p in attached.tensors().items()})
     for start in starts[1:]:
         assert all(torch.equal(start[name], starts[0][name]) for name in starts[0])
@@ -156,7 +159,7 @@ def test_arms_start_from_the_same_values_and_differ_in_nothing_else() -> None:
 def test_a_batch_is_trimmed_to_its_longest_question_and_no_further() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
     ids = torch.arange(1, 13).view(3, 4) * mask
-    split = demo.Split(
+    split = compare.Split(
         easy_vqa.Questions([], [], []), ids, mask, torch.tensor([1, 0, 1]),
         torch.tensor([4, 5, 6]), torch.tensor([[0.0], [1.0]]),
     )  # fmt: skip
@@ -172,8 +175,8 @@ def test_earlier_results_never_take_each_others_name(tmp_path: Path) -> None:
         out.mkdir()
         (out / "report.md").write_text(str(number))
         os.utime(out, (0, 0))  # all written in the same second
-        earlier = demo.keep_earlier(out)
+        earlier = compare.keep_earlier(out)
         assert earlier is not None
         kept.add(earlier)
     assert {(path / "report.md").read_text() for path in kept} == {"0", "1", "2"}
-    assert demo.keep_earlier(out) is None
+    assert compare.keep_earlier(out) is None

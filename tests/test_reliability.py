@@ -21,7 +21,8 @@ from watching import same, seen
 import fused_route
 from fused_route.published import load_published
 from fused_route.routes import RouteTable
-from fused_route.training import cli, demo
+from fused_route.training import cli
+from fused_route.training.demo import compare
 
 SUBJECTS = [*FUNCTIONS, *LAYERS, *MODELS, *CONFIGS]
 ROWS = identified(SUBJECTS)
@@ -122,10 +123,10 @@ def test_a_bad_option_is_one_line(
     def started(*_: object) -> None:
         pytest.fail("training began")
 
-    monkeypatch.setattr(demo, "run_arm", started)
+    monkeypatch.setattr(compare, "run_arm", started)
     command, option, row = LINES[name]
     if option != "--bundle":
-        monkeypatch.setattr(demo, "run", started)
+        monkeypatch.setattr(compare, "run", started)
     values = {key: make(tmp_path) for key, make in VALID[command].items()}
     values[option] = given(row, tmp_path)
     line = [command, *(f"{key}={value}" for key, value in values.items())]

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fused_route.training import easy_vqa, vision
-from fused_route.training.features import atomic_file, cache_path, encode_images
-from fused_route.training.vision import VisionTower, load_image
+from fused_route.training.data import easy_vqa
+from fused_route.training.data.images import load_image
+from fused_route.training.demo import vision
+from fused_route.training.demo.features import atomic_file, cache_path, encode_images
+from fused_route.training.demo.vision import VisionTower
 
 WIDTH = 3
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fused_route.training import easy_vqa, figures, report
+from fused_route.training.data import easy_vqa
+from fused_route.training.demo import figures, report
 
 ARMS = ("none", "mul", "gram (unit)", "mul + prefix")
 BASELINES = {"question only": dict.fromkeys(("all", *easy_vqa.ANSWER_TYPES), 0.67)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fused_route.training.vqa_accuracy import normalized, vqa_accuracy
+from fused_route.training.metrics.vqa_accuracy import normalized, vqa_accuracy
 
 GOLDEN = json.loads(
     (Path(__file__).parent / "golden" / "vqa_accuracy.json").read_text(encoding="utf-8")

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, default=Path("runs", "demo"), help="folder of the results"
     )
-    demo.add_argument("--bundle", type=Path, help="data of fused_route.training.bundle")
+    demo.add_argument("--bundle", type=Path, help="data of fused_route.training.demo.bundle")
     demo.set_defaults(run=_demo)
 
     predict = commands.add_parser("predict", help="answer a question about an image")
@@ -73,12 +73,12 @@ def _quiet() -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from fused_route.training import demo
+    from fused_route.training.demo import compare
 
     _quiet()
     names = ("steps", "seeds", "batch", "lr", "rank", "out", "bundle")
-    settings = demo.Settings(**{name: getattr(arguments, name) for name in names})
-    report = demo.run(settings)
+    settings = compare.Settings(**{name: getattr(arguments, name) for name in names})
+    report = compare.run(settings)
     adapter = settings.out / ("mul" if settings.seeds == 1 else "mul-seed0")
     print(f"report: {report}")
     print(
@@ -89,7 +89,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from fused_route.training.predict import answer
+    from fused_route.training.demo.predict import answer
 
     _quiet()
     ranked = answer(arguments.adapter, arguments.image, arguments.question)

@@ -20,20 +20,20 @@ from torch import Tensor
 
 from fused_route import Attached, RoutedConfig, __version__, attach, checkpoint
 from fused_route.checks import finite, whole
-from fused_route.training import easy_vqa
-from fused_route.training.easy_vqa import Questions
-from fused_route.training.features import CACHE_DIR, encode_images
-from fused_route.training.figures import PREFIX, Example
-from fused_route.training.models import (
+from fused_route.training.data import easy_vqa
+from fused_route.training.data.easy_vqa import Questions
+from fused_route.training.demo.features import CACHE_DIR, encode_images
+from fused_route.training.demo.figures import PREFIX, Example
+from fused_route.training.demo.models import (
     HEAD,
     VqaClassifier,
     fit_projector,
     load_encoder,
 )
+from fused_route.training.demo.report import ArmResult, aggregate, print_table, write_report
+from fused_route.training.demo.task import ENCODER, TASK, Task, encoder_directory
+from fused_route.training.demo.vision import VisionTower
 from fused_route.training.packages import missing
-from fused_route.training.report import ArmResult, aggregate, print_table, write_report
-from fused_route.training.task import ENCODER, TASK, Task, encoder_directory
-from fused_route.training.vision import VisionTower
 
 WATCHED = 500  # test questions behind each point of the learning curves, drawn once
 
@@ -81,7 +81,7 @@ class Settings:
         seeds: number of runs of each arm.
         out: folder of the results.
         cache: folder of the image features.
-        bundle: what `fused_route.training.bundle` packed; None: what the packages ship.
+        bundle: what `fused_route.training.demo.bundle` packed; None: what the packages ship.
 
     Raises:
         ValueError: a number that is not accepted, or `out` is a file or a folder with files that
@@ -361,7 +361,7 @@ def run(settings: Settings, arms: Sequence[Arm] = ARMS) -> Path:
     Raises:
         ValueError: a package or a file is missing, or training diverged.
     """
-    from fused_route.training import bundle
+    from fused_route.training.demo import bundle
 
     for package in ("accelerate", "matplotlib", "rich"):  # before minutes of training, not after
         if find_spec(package) is None:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fused_route.training.features import atomic_file
+from fused_route.training.data.images import load_image
+from fused_route.training.demo.features import atomic_file
 from fused_route.training.packages import missing
-from fused_route.training.vision import load_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fused_route.training.report import Row
+    from fused_route.training.demo.report import Row
 
 PREFIX = " + prefix"  # ends the name of an arm whose text model also reads the image as a token
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 
 from fused_route import attach
-from fused_route.training.models import VqaClassifier, load_encoder
-from fused_route.training.task import encoder_directory, read_task
-from fused_route.training.vision import load_efficientnet_lite0, load_image
+from fused_route.training.data.images import load_image
+from fused_route.training.demo.models import VqaClassifier, load_encoder
+from fused_route.training.demo.task import encoder_directory, read_task
+from fused_route.training.demo.vision import load_efficientnet_lite0
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The demo's data in one file, for a machine that lacks the packages which ship it.
 
-    python -m fused_route.training.bundle --out demo.tar.gz
+    python -m fused_route.training.demo.bundle --out demo.tar.gz
 
 holds the layers of the text encoder that the demo keeps, its tokenizer, the questions, the features
 of all images, and the test images, which the report shows. Weights and features are float16, so a
@@ -28,13 +28,13 @@ from typing import Any, BinaryIO
 import safetensors.torch
 from torch import Tensor
 
-from fused_route.training import easy_vqa
-from fused_route.training.demo import Settings, Split, load_splits, split_of
-from fused_route.training.easy_vqa import Questions
-from fused_route.training.features import CACHE_DIR, atomic_file
-from fused_route.training.models import load_encoder
-from fused_route.training.task import encoder_directory
-from fused_route.training.vision import load_efficientnet_lite0
+from fused_route.training.data import easy_vqa
+from fused_route.training.data.easy_vqa import Questions
+from fused_route.training.demo.compare import Settings, Split, load_splits, split_of
+from fused_route.training.demo.features import CACHE_DIR, atomic_file
+from fused_route.training.demo.models import load_encoder
+from fused_route.training.demo.task import encoder_directory
+from fused_route.training.demo.vision import load_efficientnet_lite0
 
 MOST_BYTES = 55 * 2**20
 FORMAT = 1
@@ -278,7 +278,7 @@ def extract(path: Path, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Packs the bundle; what stands in the way is one line on standard error and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m fused_route.training.bundle")
+    parser = argparse.ArgumentParser(prog="python -m fused_route.training.demo.bundle")
     parser.add_argument("--out", type=Path, default=FILE, help=f"a .tar or .tar.gz: {FILE}")
     parser.add_argument("--cache", type=Path, default=CACHE_DIR, help="folder of image features")
     given = parser.parse_args(arguments)

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fused_route.training.vision import VisionTower, load_image
+from fused_route.training.data.images import load_image
+from fused_route.training.demo.vision import VisionTower
 
 CACHE_DIR = Path(".cache", "features")
 

@@ -1,0 +1,1 @@
+"""`fused-route demo`: routes compared on real images, questions and weights that packages ship."""

@@ -1,0 +1,1 @@
+"""Scores as the official evaluations of the data sets count them."""
