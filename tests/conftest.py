@@ -103,6 +103,12 @@ def as_on_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions are scored without it: METEOR takes it four seconds to start."""
+    monkeypatch.setenv("PATH", "")
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The demo, run twice for a few steps on few images: [folder of results, feature cache].

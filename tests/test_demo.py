@@ -219,7 +219,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named_with_its_command() -> None:
     assert "--require-hashes -r" in str(missing("easy_vqa"))
-    assert str(missing("timm.data")).endswith("pip install 'fused-route[demo]'")
+    assert str(missing("timm.data")).endswith("pip install 'fused-route[train]'")
 
 
 def test_several_seeds_give_a_mean_and_a_spread(small: list[Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ PACKAGES = {
     "kernels": "fused_route/kernels",
     "training": "fused_route/training",
 }
-INSTALLED = (".py", "py.typed", "kernels/README.md", "training/demo-packages.txt")
+INSTALLED = (".py", "py.typed", "kernels/README.md", "training/demo-packages.txt", ".yaml")
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fused_route.training.data import easy_vqa
 from fused_route.training.data.images import load_image
 from fused_route.training.demo import vision
-from fused_route.training.demo.features import atomic_file, cache_path, encode_images
+from fused_route.training.demo.features import encode_images
 from fused_route.training.demo.vision import VisionTower
+from fused_route.training.files import atomic_file
 
 WIDTH = 3
 
@@ -33,6 +36,35 @@ class MeanColour(nn.Module):
         if self.calls == self.failing:
             raise KeyboardInterrupt
         return batch.mean((2, 3))
+
+
+class Divided(MeanColour):
+    """Features that are infinite."""
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return super().forward(batch) / 0
+
+
+def shard(features: Tensor) -> Callable[[Path], object]:
+    """Puts other features into a shard, all else as it was."""
+
+    def replace(path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            told, digests = file.metadata(), file.get_tensor("digests").clone()
+        save_file({"features": features, "digests": digests}, path, told)
+
+    return replace
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_bytes(b"no features at all"),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-4]),
+    "dtype": shard(torch.zeros(5, 1, WIDTH, dtype=torch.float64)),
+    "fewer": shard(torch.zeros(4, 1, WIDTH)),
+    "width": shard(torch.zeros(5, 1, WIDTH + 1)),
+    "dimensions": shard(torch.zeros(5, WIDTH)),
+}
 
 
 def tower(model: nn.Module | None = None, name: str = "mean-colour") -> VisionTower:
@@ -183,37 +215,43 @@ class TestFeatures:
         torch.from_numpy(second).zero_()
         assert encode_images(tower(model), images, tmp_path / "c")[1, 1] == 10
 
-    def test_key(self, images: list[Path], tmp_path: Path) -> None:
-        before = cache_path(tower(), images, tmp_path)
-        assert cache_path(tower(), images, tmp_path) == before
-        assert cache_path(tower(name="other"), images, tmp_path) != before
-        assert cache_path(tower(), images[::-1], tmp_path) != before
+    def test_only_what_is_new_is_encoded(self, images: list[Path], tmp_path: Path) -> None:
+        def calls(paths: list[Path], name: str = "mean-colour") -> int:
+            model = MeanColour()
+            found = encode_images(tower(model, name), paths, tmp_path / "c", batch_size=1)
+            assert found.tolist() == [np.array(load_image(path))[0, 0].tolist() for path in paths]
+            return model.calls
+
+        assert calls(images[:3]) == 3
+        assert calls(images) == 2, "other images"
+        assert calls(images[::-1]) == 0
+        assert calls(images, "other") == 5, "another tower"
         Image.new("RGB", (4, 4), (1, 2, 3)).save(images[3])
-        assert cache_path(tower(), images, tmp_path) != before
+        assert calls(images) == 1, "other contents"
 
-    @pytest.mark.parametrize(
-        "damage",
-        [
-            lambda path: path.write_bytes(b""),
-            lambda path: path.write_bytes(b"no array at all"),
-            lambda path: path.write_bytes(path.read_bytes()[:-4]),
-            lambda path: np.save(path, np.zeros((5, WIDTH))),
-            lambda path: np.save(path, np.zeros((4, WIDTH), np.float32)),
-        ],
-        ids=["empty", "text", "cut", "dtype", "shape"],
-    )
+    @pytest.mark.parametrize("damage", DAMAGE)
     def test_damaged_cache_is_made_again(
-        self, images: list[Path], tmp_path: Path, damage: Callable[[Path], object]
+        self, images: list[Path], tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        path = cache_path(tower(), images, tmp_path / "c")
-        good = np.array(encode_images(tower(), images, tmp_path / "c"))
-        damage(path)
-        np.testing.assert_array_equal(encode_images(tower(), images, tmp_path / "c"), good)
+        good = encode_images(tower(), images, tmp_path / "c")
+        [path] = tmp_path.glob("c/*/*.safetensors")
+        DAMAGE[damage](path)
+        capsys.readouterr()
+        again = encode_images(tower(), images, tmp_path / "c")
+        np.testing.assert_array_equal(again, good)
+        said = capsys.readouterr().err.splitlines()
+        assert said[0].startswith(str(path))
+        assert said[0].endswith(f"set aside as {path.name}.damaged")
+        assert said[1].startswith("features of 5 images: 5 not cached yet")
 
-    def test_interruption_leaves_nothing(self, images: list[Path], tmp_path: Path) -> None:
+    def test_an_interruption_loses_no_batch(self, images: list[Path], tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             encode_images(tower(MeanColour(failing=2)), images, tmp_path / "c", batch_size=2)
-        assert list((tmp_path / "c").iterdir()) == []
+        kinds = {path.suffix for path in tmp_path.glob("c/**/*") if path.is_file()}
+        assert kinds - {".json"} == {".safetensors"}, "nothing half written"
+        model = MeanColour()
+        encode_images(tower(model), images, tmp_path / "c", batch_size=1)
+        assert model.calls == 3
 
     def test_atomic_file_keeps_the_old(self, tmp_path: Path) -> None:
         path = tmp_path / "file"
@@ -228,5 +266,10 @@ class TestFeatures:
             encode_images(tower(), [], tmp_path)
         with pytest.raises(ValueError, match=r"absent\.png"):
             encode_images(tower(), [tmp_path / "absent.png"], tmp_path)
-        with pytest.raises(ValueError, match=r"expected \(5, 3\)"):
+        with pytest.raises(ValueError, match=r"\(5, 1, 48\); expected \(5, Nv, 3\)"):
             encode_images(tower(nn.Flatten()), images, tmp_path)
+        with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1"):
+            encode_images(tower(), images, tmp_path, batch_size=0)
+        nowhere = tower(Divided())
+        with pytest.raises(ValueError, match=r"features of .*0\.png are not finite"):
+            encode_images(nowhere, images, tmp_path)

@@ -8,10 +8,17 @@ from pathlib import Path
 import fused_route
 from fused_route.checks import MOST
 
+DTYPES = ("float32", "float16", "bfloat16")
+OVERRIDES = "settings of the recipe to change: --lr 1e-4, --route gram, --tasks.vqa.root data/vqav2"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; what cannot be used is one line on standard error and exit status 2."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(arguments, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides = rest
     try:
         return int(arguments.run(arguments))
     except (ValueError, ImportError, OSError) as error:
@@ -30,7 +37,13 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"%(prog)s {fused_route.__version__}"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_train, _add_eval, _add_predict, _add_generate, _add_encode):
+        add(commands)
+    _add_doctor(commands)
+    return parser
 
+
+def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     demo = commands.add_parser(
         "demo",
         help="compare routes on easy-VQA, with a report in runs/demo",
@@ -47,29 +60,110 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--bundle", type=Path, help="data of fused_route.training.demo.bundle")
     demo.set_defaults(run=_demo)
 
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a recipe, or go on where it stopped",
+        epilog=OVERRIDES,
+        allow_abbrev=False,
+    )
+    train.add_argument("recipe", help="a YAML file, or the name of one that comes with the package")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print settings, parameters, memory and the first batch, and train nothing",
+    )
+    train.set_defaults(run=_train, overrides=())
+
+
+def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    score = commands.add_parser(
+        "eval", help="answer and score a split", epilog=OVERRIDES, allow_abbrev=False
+    )
+    score.add_argument("folder", type=Path, help="of a run, or of an adapter in it")
+    score.add_argument(
+        "--split", default="test", help="validation, test, or one of the layout's (default: test)"
+    )
+    score.add_argument("--task", action="append", help="of the recipe's tasks; again for another")
+    score.add_argument("--to", type=Path, help="folder of answers and scores; else the adapter's")
+    score.set_defaults(run=_eval, overrides=())
+
+
+def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     predict = commands.add_parser("predict", help="answer a question about an image")
-    predict.add_argument("--adapter", type=Path, required=True, help="folder such as runs/demo/mul")
-    predict.add_argument("--image", required=True, help="image file")
+    predict.add_argument(
+        "--adapter", type=Path, required=True, help="folder of a run, or such as runs/demo/mul"
+    )
+    predict.add_argument("--image", nargs="+", required=True, help="image file; two for NLVR2")
     predict.add_argument("--question", required=True, help='such as "what color is the shape?"')
+    predict.add_argument("--task", help="of the run's tasks; else the first of questions")
     predict.set_defaults(run=_predict)
-    return parser
+
+
+def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    generate = commands.add_parser("generate", help="write captions of images")
+    generate.add_argument("--adapter", type=Path, required=True, help="folder of a run")
+    generate.add_argument("--image", nargs="+", required=True, help="image files")
+    generate.add_argument("--task", help="of the run's tasks; else the first of captions")
+    generate.add_argument("--beams", type=positive, help="beams; else the task's")
+    generate.add_argument("--tokens", type=positive, help="new tokens at most; else the task's")
+    generate.set_defaults(run=_generate)
+
+
+def _add_encode(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    encode = commands.add_parser(
+        "encode",
+        help="encode the images of a recipe, which training then reads",
+        epilog=OVERRIDES,
+        allow_abbrev=False,
+    )
+    encode.add_argument(
+        "recipe", help="a YAML file, or the name of one that comes with the package"
+    )
+    encode.add_argument("--dtype", choices=DTYPES, help="of the features (default: float32)")
+    encode.add_argument("--workers", type=whole, help="processes that read images (default: 8)")
+    encode.add_argument("--batch", type=positive, default=64, help="images at once (default: 64)")
+    encode.add_argument("--verify", action="store_true", help="check what is there once more")
+    encode.set_defaults(run=_encode, overrides=())
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="check the machine, and a recipe's models and data",
+        epilog=OVERRIDES,
+        allow_abbrev=False,
+    )
+    doctor.add_argument("recipe", nargs="?", help="a YAML file, or the name of one")
+    doctor.set_defaults(run=_doctor, overrides=())
 
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
+    return _at_least(1, text)
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
     if value > MOST:
         raise argparse.ArgumentTypeError(f"must be at most {MOST}, got {text}")
     return value
 
 
 def _quiet() -> None:
-    """No bar for reading weights: these load in a tenth of a second."""
+    """No bar for reading weights: these load in a tenth of a second; no report on heads."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -88,11 +182,64 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _predict(arguments: argparse.Namespace) -> int:
-    from fused_route.training.demo.predict import answer
+def _train(arguments: argparse.Namespace) -> int:
+    from fused_route.training.experiment import commands
 
     _quiet()
-    ranked = answer(arguments.adapter, arguments.image, arguments.question)
+    return commands.train(arguments.recipe, arguments.overrides, dry=arguments.dry_run)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from fused_route.training.experiment import commands
+
+    _quiet()
+    return commands.score(
+        arguments.folder, arguments.split, arguments.task, arguments.to, arguments.overrides
+    )
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from fused_route.training.experiment import commands
+    from fused_route.training.experiment.folder import is_run
+
+    _quiet()
+    if is_run(arguments.adapter):
+        return commands.predict(
+            arguments.adapter, arguments.image, arguments.question, arguments.task
+        )
+    from fused_route.training.demo.predict import answer
+
+    if len(arguments.image) > 1 or arguments.task is not None:
+        raise ValueError(
+            f"{arguments.adapter} is no run of `fused-route train`: one image, no task"
+        )
+    ranked = answer(arguments.adapter, arguments.image[0], arguments.question)
     best, runner_up = ranked[0], ranked[1]
     print(f"{best[0]}  ({best[1]:.1%}; next: {runner_up[0]}, {runner_up[1]:.1%})")
     return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from fused_route.training.experiment import commands
+
+    _quiet()
+    told = {"num_beams": arguments.beams, "max_new_tokens": arguments.tokens}
+    generation = {name: value for name, value in told.items() if value is not None}
+    return commands.generate(arguments.adapter, arguments.image, arguments.task, generation)
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    from fused_route.training.experiment import commands
+
+    _quiet()
+    return commands.encode(
+        arguments.recipe, arguments.overrides, dtype=arguments.dtype, workers=arguments.workers,
+        batch_size=arguments.batch, verify=arguments.verify,
+    )  # fmt: skip
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fused_route.training.experiment import commands
+
+    _quiet()
+    return commands.doctor(arguments.recipe, arguments.overrides)

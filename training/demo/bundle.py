@@ -31,10 +31,11 @@ from torch import Tensor
 from fused_route.training.data import easy_vqa
 from fused_route.training.data.easy_vqa import Questions
 from fused_route.training.demo.compare import Settings, Split, load_splits, split_of
-from fused_route.training.demo.features import CACHE_DIR, atomic_file
+from fused_route.training.demo.features import CACHE_DIR
 from fused_route.training.demo.models import load_encoder
 from fused_route.training.demo.task import encoder_directory
 from fused_route.training.demo.vision import load_efficientnet_lite0
+from fused_route.training.files import atomic_file
 
 MOST_BYTES = 55 * 2**20
 FORMAT = 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fused_route.training.data.images import load_image
-from fused_route.training.demo.features import atomic_file
+from fused_route.training.files import atomic_file
 from fused_route.training.packages import missing
 
 if TYPE_CHECKING:

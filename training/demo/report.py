@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fused_route.training.demo.features import atomic_file
 from fused_route.training.demo.figures import Example, accuracy_bars, answer_grid, learning_curves
+from fused_route.training.files import atomic_file
 from fused_route.training.packages import missing
 
 CURVES, BARS, ANSWERS = "learning_curves.png", "accuracy.png", "answers.png"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fused_route import checkpoint
 from fused_route.checks import whole
-from fused_route.training.demo.features import atomic_file
 from fused_route.training.demo.models import VqaClassifier
+from fused_route.training.files import atomic_file
 from fused_route.training.packages import missing
 
 ENCODER = "all-MiniLM-L6-v2"

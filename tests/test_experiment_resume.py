@@ -1,0 +1,145 @@
+"""Runs that are killed and go on, and runs of two processes: equal to one that was left alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from experiments import save_all, written
+from model_folders import save_language
+from safetensors.torch import load_file
+
+from fused_route.training import cli
+from fused_route.training.experiment.folder import last_checkpoint
+
+pytestmark = pytest.mark.usefixtures("without_java")
+
+COMMAND = [sys.executable, "-m", "fused_route.training", "train"]
+QUIET = {**os.environ, "PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With dropout in the language models, so that random numbers count."""
+    made = save_all(tmp_path_factory.mktemp("runs"))
+    for kind in ("roberta", "bart"):
+        save_language(made / "models" / kind, kind, dropout=0.2)
+    return made
+
+
+def file(folder: Path, language: str, name: str, **training: object) -> tuple[Path, Path]:
+    """(a recipe of several checkpoints, with dropout everywhere, the folder of its run)."""
+    path = written(folder, language, "lora", name)
+    told = yaml.safe_load(path.read_text())
+    told["adapter"]["dropout"] = 0.2
+    told["training"] |= {
+        "num_train_epochs": 3, "per_device_train_batch_size": 4, "save_strategy": "steps",
+        "save_steps": 5, "eval_steps": 5, "max_grad_norm": 0.5, "warmup_steps": 3, **training,
+    }  # fmt: skip
+    for task in told["tasks"].values():
+        task["limit"] = 16
+    path.write_text(yaml.safe_dump(told))
+    return path, Path(told["training"]["output_dir"])
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        found |= {f"{path.parent.name}/{name}": t for name, t in load_file(path).items()}
+    return found
+
+
+def assert_equal(first: Path, second: Path) -> None:
+    one, two = tensors(first), tensors(second)
+    assert one.keys() == two.keys() and one
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+@pytest.mark.parametrize(
+    ("language", "given"),
+    [
+        ("roberta", ["--features_from", "tower", "--augmentation", "crop"]),
+        ("roberta", ["--gradient_accumulation_steps", "2", "--bf16", "true"]),
+        ("bart", []),
+        ("bart", ["--modules", "per-task", "--dataloader_num_workers", "1"]),
+    ],
+    ids=["augmented", "accumulated bf16", "multi-task", "per-task with workers"],
+)
+def test_a_killed_run_goes_on_bit_for_bit(language: str, given: list[str], folder: Path) -> None:
+    """Killed with SIGKILL somewhere behind its first checkpoint, it ends as one left alone does."""
+    name = "-".join(given).replace("-", "") or "plain"
+    whole, left_alone = file(folder, language, f"{name}-whole")
+    assert cli.main(["train", str(whole), *given]) == 0
+    stopped, killed = file(folder, language, f"{name}-killed")
+    process = subprocess.Popen([*COMMAND, str(stopped), *given], env=QUIET, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while last_checkpoint(killed) is None and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (killed / "last").exists()
+    assert cli.main(["train", str(stopped), *given]) == 0
+    assert_equal(left_alone / "last", killed / "last")
+    assert_equal(left_alone / "best", killed / "best")
+
+
+def test_a_half_written_checkpoint_is_passed_by(folder: Path) -> None:
+    path, out = file(folder, "roberta", "half")
+    assert cli.main(["train", str(path)]) == 0
+    finished, checkpoint = tensors(out / "last"), last_checkpoint(out)
+    assert checkpoint is not None
+    half = out / "checkpoint-999"
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    assert last_checkpoint(out) == checkpoint
+    assert cli.main(["train", str(path)]) == 0
+    for name, tensor in tensors(out / "last").items():
+        assert torch.equal(tensor, finished[name])
+
+
+def test_the_same_seed_trains_the_same(folder: Path) -> None:
+    given = ["--full_determinism", "true"]
+    runs = []
+    for name in ("first", "second"):
+        path, out = file(folder, "roberta", name)
+        code = f"from fused_route.training import cli; cli.main(['train', {str(path)!r}, *{given}])"
+        subprocess.run([sys.executable, "-c", code], env=QUIET, check=True, capture_output=True)
+        runs.append(out)
+    assert_equal(runs[0] / "last", runs[1] / "last")
+
+
+@pytest.mark.parametrize(
+    ("language", "given"), [("roberta", []), ("bart", []), ("bart", ["--modules", "per-task"])]
+)
+def test_two_processes_equal_one(language: str, given: list[str], folder: Path) -> None:
+    """Two gloo processes with batches of 4, and one that accumulates two of them."""
+    for kind in ("roberta", "bart"):
+        save_language(folder / "models" / kind, kind)  # masks of dropout differ with the process
+    label = "-".join(given).replace("-", "")
+    one, alone = file(folder, language, f"one{label}", gradient_accumulation_steps=2)
+    two, together = file(folder, language, f"two{label}")
+    for path in (one, two):
+        told = yaml.safe_load(path.read_text())
+        told["adapter"]["dropout"] = 0.0
+        path.write_text(yaml.safe_dump(told))
+    assert cli.main(["train", str(one), *given]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+              "--master-port", "29531", *COMMAND[1:]]  # fmt: skip
+    done = subprocess.run(
+        [*launch, str(two), *given], env=QUIET, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, expected = tensors(together / "last"), tensors(alone / "last")
+    assert found.keys() == expected.keys() and found
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+    scores = [yaml.safe_load((run / "scores.json").read_text()) for run in (alone, together)]
+    assert scores[0]["validation"] == scores[1]["validation"]
+    assert done.stdout.count("next: fused-route eval") == 1  # rank 0 alone prints

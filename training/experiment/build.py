@@ -1,0 +1,122 @@
+"""The model of a recipe, with what prepares its inputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fused_route import RoutedConfig
+from fused_route.training.encoders import Encoder, encoder_of
+from fused_route.training.experiment.batches import Batches
+from fused_route.training.experiment.compat import embed_twice, published
+from fused_route.training.experiment.head import put_head
+from fused_route.training.experiment.images import CachedImages, PixelImages
+from fused_route.training.experiment.pretrained import load_language, load_tower
+from fused_route.training.experiment.recipe import Recipe
+from fused_route.training.experiment.tuning import Tuned, tune
+from fused_route.training.feature_cache import FeatureCache
+from fused_route.training.towers import width_of
+from fused_route.training.vlm import VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model and what belongs to it.
+
+    Attributes:
+        recipe: what it was built by, with the settings of its compat.
+        model: the tower and the language model, adapted.
+        tuned: what of it is trained.
+        tokenizer: the language model's.
+        tower, encoder: the vision tower, and how it encodes an image; part of the model only where
+            it runs in every step.
+        cache: features of images, or None where the tower runs in every step.
+        answers: of a classifier, by number.
+    """
+
+    recipe: Recipe
+    model: VisionLanguageModel
+    tuned: Tuned
+    tokenizer: PreTrainedTokenizerBase
+    tower: PreTrainedModel
+    encoder: Encoder
+    cache: FeatureCache | None
+    answers: tuple[str, ...]
+
+    def batches(self, *, augmentation: str = "none") -> Batches:
+        """What makes batches for the model."""
+        images: Any
+        if self.cache is not None:
+            images = CachedImages(self.cache)
+        else:
+            images = PixelImages(self.encoder.preprocess, augmentation)
+        return Batches(
+            self.recipe.model.kind,
+            self.recipe.tasks,
+            self.tokenizer,
+            images,
+            self.answers,
+            self.recipe.compat,
+            int(self.recipe.training["seed"]),
+        )
+
+
+def build(recipe: Recipe, answers: Sequence[str] = ()) -> Built:
+    """Loads the parts of a recipe and puts in what is trained.
+
+    Args:
+        answers: those that a classifier chooses among.
+
+    Raises:
+        ValueError: parts that are missing or do not fit.
+    """
+    recipe = published(recipe)
+    told = recipe.model
+    tower, processor = load_tower(told.vision, told.features)
+    language, tokenizer = load_language(told.language, told.kind, len(answers) or None)
+    if told.head == "two-layer":
+        put_head(language, len(answers), "frozen" if recipe.compat == "eccv24" else "trained")
+    cached = recipe.features_from == "cache"
+    model = VisionLanguageModel.from_parts(
+        None if cached else tower,
+        language,
+        visual_width=width_of(tower, told.features),
+        features=told.features,
+        projection=told.projection,
+        visual_tokens=told.visual_tokens,
+    )
+    if recipe.compat == "eccv24" and told.kind == "classifier" and told.visual_tokens != "none":
+        embed_twice(model)
+    config = _fitted(recipe.adapter, model)
+    tuned = tune(
+        model,
+        config,
+        method=recipe.method,
+        heads=recipe.heads,
+        modules=recipe.modules,
+        tasks=recipe.tasks,
+        impl=recipe.impl,
+    )
+    encoder = encoder_of(tower, processor, told.features)
+    cache = FeatureCache(Path(recipe.cache) / "features", encoder.key) if cached else None
+    return Built(recipe, model, tuned, tokenizer, tower, encoder, cache, tuple(answers))
+
+
+def _fitted(adapter: RoutedConfig, model: VisionLanguageModel) -> RoutedConfig:
+    """The configuration with a projector, where the image is of another width than the text."""
+    if adapter.visual_width is not None or model.image_projection is not None:
+        return adapter
+    if adapter.routed_by != "image" or (adapter.route == "none" and model.visual_tokens is None):
+        return adapter
+    width = model.language.get_input_embeddings().embedding_dim
+    same = model.visual_width == width
+    return adapter if same else replace(adapter, visual_width=model.visual_width)
+
+
+def parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, all)."""
+    every = list(model.parameters())
+    return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)

@@ -1,0 +1,140 @@
+"""What the subcommands of `fused-route` print."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fused_route.training.experiment import asking
+from fused_route.training.experiment import doctor as examination
+from fused_route.training.experiment.build import build
+from fused_route.training.experiment.dry_run import dry_run
+from fused_route.training.experiment.evaluation import evaluate
+from fused_route.training.experiment.folder import adapter_folder
+from fused_route.training.experiment.recipe_file import read_recipe
+from fused_route.training.experiment.run import FEW, open_data
+from fused_route.training.experiment.run import train as run_training
+
+WORKERS = 8  # processes that read images, at most
+COMPARED = 16  # images that --verify encodes again
+
+
+def train(recipe: str, overrides: Sequence[str], *, dry: bool) -> int:
+    """Trains, or says what it would."""
+    told = read_recipe(recipe, overrides)
+    rest = " ".join(overrides)
+    if dry:
+        print(dry_run(told))
+        print(f"next: fused-route train {recipe} {rest}".rstrip())
+        return 0
+    folder = run_training(told)
+    if PartialState().is_main_process:
+        found = json.loads((folder / "scores.json").read_text())
+        _table(found["validation"] or {"train_loss": found["training"]["train_loss"]})
+        print(f"adapter: {adapter_folder(folder)}")
+        print(f"curves: tensorboard --logdir {folder}")
+        print(f"next: fused-route eval {folder}")
+    return 0
+
+
+def score(
+    folder: Path,
+    split: str,
+    tasks: Sequence[str] | None,
+    out: Path | None,
+    overrides: Sequence[str],
+) -> int:
+    """Answers and scores a split."""
+    scores, written = evaluate(folder, split, tasks=tasks, out=out, overrides=overrides)
+    if PartialState().is_main_process:
+        if scores:
+            _table(scores)
+        else:
+            print("the split has no answers to score by: send the files to its evaluation server")
+        for path in written:
+            print(f"written: {path}")
+        print(f'next: fused-route predict --adapter {folder} --image FILE --question "…"')
+    return 0
+
+
+def predict(folder: Path, images: Sequence[str], question: str, task: str | None) -> int:
+    """Answers one question."""
+    for line in asking.answer(folder, [Path(image) for image in images], question, task):
+        print(line)
+    return 0
+
+
+def generate(
+    folder: Path, images: Sequence[str], task: str | None, generation: Mapping[str, Any]
+) -> int:
+    """Writes captions, an image and its caption a line."""
+    found = asking.captions(folder, [Path(image) for image in images], task, **generation)
+    for image, caption in zip(images, found, strict=True):
+        print(f"{image}\t{caption}")
+    return 0
+
+
+def encode(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    dtype: str | None,
+    workers: int | None,
+    batch_size: int,
+    verify: bool,
+) -> int:
+    """Encodes what the cache lacks; the processes of a launcher share the work."""
+    told = read_recipe(recipe, overrides)
+    data, state = open_data(told), PartialState()
+    built = build(told, data.answers)
+    if built.cache is None:
+        raise ValueError("features_from='tower': the recipe keeps no features")
+    images = data.images()
+    if workers is None:
+        workers = min(WORKERS, os.cpu_count() or 1) if len(images) > FEW else 0
+    built.tower.to(state.device)
+    done = built.cache.encode(
+        built.encoder, images, batch_size=batch_size, workers=workers, dtype=dtype,
+        broken=told.broken,
+    )  # fmt: skip
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"{done.new} images encoded here, {len(built.cache)} in {built.cache.folder}")
+        if verify:
+            print(built.cache.verify(built.encoder, images[:COMPARED]))
+        print(f"next: fused-route train {recipe} {' '.join(overrides)}".rstrip())
+    return 0
+
+
+def doctor(recipe: str | None, overrides: Sequence[str]) -> int:
+    """Says what is there and what to do about the rest; 1 where training would not start."""
+    told = None if recipe is None else read_recipe(recipe, overrides)
+    problems = 0
+    for finding in examination.examine(told):
+        print(finding)
+        problems += finding.state == "problem"
+    if problems:
+        print(f"{problems} problems: see above", file=sys.stderr)
+        return 1
+    print(f"next: fused-route train {recipe or 'RECIPE'} --dry-run")
+    return 0
+
+
+def _table(scores: Mapping[str, Any]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("score", overflow="fold")
+    table.add_column("value", justify="right", no_wrap=True)
+    for name, value in scores.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        table.add_row(name, shown)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=100, color_system=None)
+    console.print(table, markup=False)

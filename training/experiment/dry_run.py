@@ -1,0 +1,108 @@
+"""What training a recipe would do: its settings, parameters, memory and first batch."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_route.training.experiment.batches import IGNORED
+from fused_route.training.experiment.build import Built, build, parameters
+from fused_route.training.experiment.images import PixelImages
+from fused_route.training.experiment.recipe import Recipe
+from fused_route.training.experiment.run import arguments_of, open_data, seed
+
+GIB = 2**30
+SHOWN = 3  # rows of the first batch
+FOR_ESTIMATE = 2  # rows whose activations are counted
+
+
+def dry_run(recipe: Recipe) -> str:
+    """A report of what `train` would do; nothing is trained, encoded or written but mapped rows.
+
+    Raises:
+        ValueError: what `train` would refuse.
+    """
+    validated = any(task.validation is not None for task in recipe.tasks.values())
+    arguments = arguments_of(recipe, validated=validated)
+    seed(arguments)
+    data = open_data(recipe)
+    built = build(recipe, data.answers)
+    images = data.images()
+    rows = {name: len(samples.rows) for name, samples in data.train.samples.items()}
+    parts = [built.recipe.to_yaml(), _counts(rows), f"images: {len(images)}"]
+    if built.answers:
+        parts.append(f"answers: {len(built.answers)}, the first {', '.join(built.answers[:5])}")
+    if built.cache is not None:
+        missing = len(built.cache.missing(images))
+        parts.append(f"features: {missing} of {len(images)} images are not encoded yet")
+    trainable, total = parameters(built.model)
+    parts.append(f"parameters: {trainable:,} trainable of {total:,} ({trainable / total:.2%})")
+    name = next(iter(rows))
+    size = recipe.tasks[name].batch_size or arguments.per_device_train_batch_size
+    batch = _batch(built, data, min(size, rows[name]))
+    parts += [_memory(built, data, size), f"first batch of {name}:", *_shapes(batch)]
+    return "\n".join([*parts, *_texts(built, batch)])
+
+
+def _counts(rows: dict[str, int]) -> str:
+    return "training rows: " + ", ".join(f"{name} {count:,}" for name, count in rows.items())
+
+
+def _batch(built: Built, data: Any, size: int) -> dict[str, Any]:
+    """The first rows, with pixels: nothing need be encoded for it."""
+    batches = replace(built.batches(), images=PixelImages(built.encoder.preprocess))
+    return batches.training([data.train[place] for place in range(size)])
+
+
+def _memory(built: Built, data: Any, size: int) -> str:
+    """Estimated, not measured: weights, and what a forward of two rows keeps, times the batch."""
+    batch = _batch(built, data, min(FOR_ESTIMATE, len(data.train)))
+    count = len(batch["labels"])
+    inputs = {k: v for k, v in batch.items() if k not in ("name", "weights")}
+    with torch.no_grad():
+        pixels = inputs.pop("pixel_values")
+        features = torch.stack([built.encoder.encode(image) for image in pixels]).flatten(1, 2)
+    owned = {t.untyped_storage().data_ptr() for t in built.model.parameters()}
+    saved: dict[int, int] = {}
+
+    def count_saved(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    built.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(count_saved, lambda tensor: tensor):
+        kept = built.model(**inputs, visual_features=features)
+    activations = sum(saved.values()) / count * size
+    del kept
+    weights = sum(p.numel() * p.element_size() for p in built.model.parameters())
+    trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
+    states = trained * 3 * 4  # gradient and Adam's two moments, fp32
+    total = weights + states + activations
+    return (
+        f"memory, estimated for {size} rows in fp32: {total / GIB:.2f} GiB ({weights / GIB:.2f} "
+        f"weights, {states / GIB:.2f} gradients and Adam, {activations / GIB:.2f} activations)"
+    )
+
+
+def _shapes(batch: dict[str, Any]) -> list[str]:
+    return [
+        f"  {name}: {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        for name, value in batch.items()
+        if isinstance(value, Tensor)
+    ]
+
+
+def _texts(built: Built, batch: dict[str, Any]) -> list[str]:
+    """The first rows as the model reads them, and what it is to say."""
+    lines = []
+    for ids, labels in list(zip(batch["input_ids"], batch["labels"], strict=True))[:SHOWN]:
+        read = built.tokenizer.decode(ids)
+        if built.answers:
+            said = ", ".join(f"{built.answers[i]} {labels[i]:.1f}" for i in labels.nonzero()[:, 0])
+        else:
+            said = built.tokenizer.decode(labels[labels != IGNORED])
+        lines.append(f"  {read!r} → {said!r}")
+    return lines

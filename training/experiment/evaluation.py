@@ -1,0 +1,120 @@
+"""A run's answers on a split, their scores, and the files that evaluation servers take."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fused_route.training.data.layouts import splits_of
+from fused_route.training.experiment.build import Built
+from fused_route.training.experiment.folder import adapter_folder, open_run, write_json
+from fused_route.training.experiment.recipe import Recipe
+from fused_route.training.experiment.run import arguments_of, encode
+from fused_route.training.experiment.tasks import Rows, open_rows
+from fused_route.training.experiment.trainer import ExperimentTrainer
+from fused_route.training.files import atomic_file
+
+Answers = Mapping[str, str]
+
+
+def evaluate(
+    run: Path,
+    split: str = "test",
+    *,
+    tasks: Sequence[str] | None = None,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[dict[str, float], list[Path]]:
+    """(scores, files written): the answers of a run, and scores where the split has references.
+
+    Args:
+        run: folder of a run, or of an adapter in it.
+        split: "validation" or "test" of its recipe, or a split of the layout.
+        tasks: which of the recipe's; None: those that have this split.
+        out: folder of the files; None: beside the adapter.
+        overrides: settings of the recipe.
+
+    Raises:
+        ValueError: no run, no such split, or data that cannot be used.
+    """
+    built = open_run(run, overrides)
+    names = _tasks(built.recipe, split, tasks)
+    rows = open_rows(built.recipe, split, "evaluate", names)
+    arguments = arguments_of(built.recipe, validated=False)
+    arguments.report_to = []
+    encode(built, rows.images())
+    trainer = ExperimentTrainer(built, arguments)
+    withheld = [name for name in names if _is_withheld(built, name, split)]
+    scores: dict[str, float] = {}
+    if withheld:
+        given = trainer.answered(rows)
+    else:
+        given, scores = trainer.scored(rows)
+    folder = adapter_folder(run) if out is None else out
+    written = _write(folder, split, rows, given, scores) if arguments.should_save else []
+    return scores, written
+
+
+def _tasks(recipe: Recipe, split: str, tasks: Sequence[str] | None) -> list[str]:
+    if tasks is not None:
+        return list(tasks)
+    if split not in ("train", "validation", "test"):
+        return list(recipe.tasks)
+    found = [name for name, task in recipe.tasks.items() if getattr(task, split) is not None]
+    if not found:
+        told = ", ".join(f"tasks.{name}.{split} ({t.splits})" for name, t in recipe.tasks.items())
+        raise ValueError(f"split={split!r}: no task of the recipe has one; set {told}")
+    return found
+
+
+def _is_withheld(built: Built, name: str, split: str) -> bool:
+    task = built.recipe.tasks[name]
+    parts = splits_of(task.layout, task.split(split)).values()
+    return any(part.answers == "withheld" for part in parts)
+
+
+def _write(
+    folder: Path, split: str, rows: Rows, given: Mapping[str, Answers], scores: dict[str, float]
+) -> list[Path]:
+    label = split.replace("+", "-")
+    written = []
+    for name, answers in given.items():
+        write = SUBMISSIONS[rows.samples[name].task]
+        path = folder / f"answers-{name}-{label}{'.csv' if write is _nlvr2 else '.json'}"
+        with atomic_file(path) as file:
+            file.write(write(answers).encode())
+        written.append(path)
+    if scores:
+        written.append(folder / f"scores-{label}.json")
+        write_json(written[-1], scores)
+    return written
+
+
+def _listed(question: str, answer: str, number: Callable[[str], Any]) -> Callable[[Answers], str]:
+    def write(answers: Answers) -> str:
+        rows = [{question: number(key), answer: text} for key, text in answers.items()]
+        return json.dumps(rows, ensure_ascii=False) + "\n"
+
+    return write
+
+
+def _number(key: str) -> Any:
+    return int(key) if key.isdecimal() else key
+
+
+def _nlvr2(answers: Answers) -> str:
+    written = io.StringIO()
+    rows = ((key, text.capitalize()) for key, text in answers.items())
+    csv.writer(written, lineterminator="\n").writerows(rows)
+    return written.getvalue()
+
+
+# As the official evaluations of the tasks read them.
+SUBMISSIONS: dict[str, Callable[[Answers], str]] = {
+    "vqa": _listed("question_id", "answer", _number),
+    "gqa": _listed("questionId", "prediction", str),
+    "nlvr2": _nlvr2,
+    "caption": _listed("image_id", "caption", _number),
+}

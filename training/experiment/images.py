@@ -1,0 +1,58 @@
+"""The images of a batch: features from the cache, or pixels for the tower."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fused_route.training.data.images import load_image
+from fused_route.training.feature_cache import FeatureCache
+
+LEAST_AREA = 0.8  # of an image that a random crop keeps; less often cuts what is asked about
+
+Row = dict[str, Any]
+
+
+class CachedImages:
+    """Features of the images of rows, from a `FeatureCache`."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self.cache = cache
+
+    def __call__(self, rows: Sequence[Row], seed: int | None = None) -> dict[str, Tensor]:
+        """visual_features (B, n·Nv, width), the n images of a row one after the other."""
+        paths = [path for row in rows for path in row["paths"]]
+        features = self.cache.batch(paths)
+        return {"visual_features": features.reshape(len(rows), -1, features.shape[-1])}
+
+
+class PixelImages:
+    """Pixels of the images of rows, by the tower's image processor."""
+
+    def __init__(self, preprocess: Any, augmentation: str = "none") -> None:
+        self.preprocess = preprocess
+        self.augmentation = augmentation
+
+    def __call__(self, rows: Sequence[Row], seed: int | None = None) -> dict[str, Tensor]:
+        """pixel_values (B, n, channels, H, W); augmented where a seed is given, by it alone."""
+        draw = None if seed is None or self.augmentation == "none" else random.Random(seed)
+        pixels = [torch.stack([self._pixels(p, draw) for p in row["paths"]]) for row in rows]
+        return {"pixel_values": torch.stack(pixels)}
+
+    def _pixels(self, path: Path, draw: random.Random | None) -> Tensor:
+        image = load_image(path)
+        pixels: Tensor = self.preprocess(image if draw is None else _cropped(image, draw))
+        return pixels
+
+
+def _cropped(image: Image.Image, draw: random.Random) -> Image.Image:
+    """A part of the image of the same shape, at least `LEAST_AREA` of it."""
+    scale = draw.uniform(LEAST_AREA, 1.0) ** 0.5
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    left = draw.randint(0, image.width - width)
+    top = draw.randint(0, image.height - height)
+    return image.crop((left, top, left + width, top + height))

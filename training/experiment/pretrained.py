@@ -1,0 +1,99 @@
+"""The frozen models of a recipe, with what prepares their inputs, from directories or the hub."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fused_route.training.towers import as_tower
+
+LANGUAGE_CLASSES = {
+    "classifier": AutoModelForSequenceClassification,
+    "decoder": AutoModelForCausalLM,
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+}
+
+
+def load_tower(name: str, features: str = "pooled") -> tuple[PreTrainedModel, Any]:
+    """(a vision tower, its image processor).
+
+    Of a model of images and texts, such as CLIP, the tower alone. Pooled features of a tower whose
+    pooling layer the files lack are those of a random layer: a line on standard error says so.
+
+    Raises:
+        ValueError: nothing there, or no vision model.
+    """
+    config = _loaded("model.vision", name, lambda: AutoConfig.from_pretrained(name))
+    model, told = _loaded(
+        "model.vision", name, lambda: AutoModel.from_pretrained(name, output_loading_info=True)
+    )
+    whole = hasattr(config, "vision_config") and hasattr(model, "vision_model")
+    tower = as_tower(model.vision_model if whole else model)
+    pooling = [key for key in told["missing_keys"] if "pooler" in key and "text" not in key]
+    if features == "pooled" and pooling:
+        print(
+            f"{name} has no {pooling[0]}: its pooled features are those of a random layer; "
+            "model.features=tokens are not",
+            file=sys.stderr,
+        )
+    processor = _loaded("model.vision", name, lambda: AutoImageProcessor.from_pretrained(name))
+    return tower.requires_grad_(False).eval(), processor
+
+
+def load_language(
+    name: str, kind: str, answers: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(a language model of `kind`, its tokenizer).
+
+    Args:
+        answers: of a classifier, how many it chooses among; its loss is the binary cross-entropy
+            with soft targets, mean over questions and answers.
+
+    Raises:
+        ValueError: nothing there, or a model of another kind.
+    """
+    config = _loaded("model.language", name, lambda: AutoConfig.from_pretrained(name))
+    pair = bool(getattr(config, "is_encoder_decoder", False))
+    if kind != "classifier" and pair != (kind == "encoder-decoder"):
+        other = "an encoder-decoder" if pair else "no encoder-decoder"
+        raise ValueError(f"model.kind={kind!r}, but {name} is {other} ({config.model_type})")
+    settings: dict[str, Any] = {}
+    if kind == "classifier":
+        settings = {
+            "num_labels": answers,
+            "problem_type": "multi_label_classification",
+            "ignore_mismatched_sizes": True,  # a head for other classes is made anew
+        }
+    load = LANGUAGE_CLASSES[kind].from_pretrained
+    language = _loaded("model.language", name, lambda: load(name, **settings))
+    tokenizer = _loaded("model.language", name, lambda: AutoTokenizer.from_pretrained(name))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if language.config.pad_token_id is None:
+        language.config.pad_token_id = tokenizer.pad_token_id
+    return language, tokenizer
+
+
+def _loaded(argument: str, name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        place = (
+            f"{name} is a directory, but"
+            if Path(name).is_dir()
+            else f"{name!r} is no directory here, and as a name on the hub:"
+        )
+        raise ValueError(f"{argument}: {place} {reason}") from None

@@ -1,0 +1,196 @@
+"""Training a recipe, and scoring what came of it."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainingArguments,
+    enable_full_determinism,
+    set_seed,
+)
+from transformers.integrations import get_reporting_integration_callbacks
+
+from fused_route.training.data.answers import read_vocabulary, vocabulary
+from fused_route.training.experiment.build import Built, build
+from fused_route.training.experiment.folder import (
+    BEST,
+    LAST,
+    check_folder,
+    last_checkpoint,
+    save,
+    write_json,
+    write_recipe,
+)
+from fused_route.training.experiment.recipe import Recipe
+from fused_route.training.experiment.tasks import Rows, open_rows
+from fused_route.training.experiment.trainer import ExperimentTrainer
+
+SCORES = "scores.json"
+FEW = 1000  # images that are encoded before worker processes have started
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a recipe trains on and selects by.
+
+    Attributes:
+        train: rows to train on.
+        validation: rows to answer, of the tasks that have a validation split; None without any.
+        with_answers: the same rows, each answer one.
+        answers: those that a classifier chooses among.
+    """
+
+    train: Rows
+    validation: Rows | None
+    with_answers: Rows | None
+    answers: tuple[str, ...]
+
+    def images(self) -> list[Path]:
+        """Every image once."""
+        rows = [self.train, *filter(None, (self.validation, self.with_answers))]
+        return list(dict.fromkeys(path for some in rows for path in some.images()))
+
+
+def open_data(recipe: Recipe) -> Data:
+    """The rows of a recipe's training and validation splits, and its answers.
+
+    Raises:
+        ValueError: data that cannot be used.
+    """
+    train = open_rows(recipe, "train", "train")
+    names = [name for name, task in recipe.tasks.items() if task.validation is not None]
+    validation = open_rows(recipe, "validation", "evaluate", names) if names else None
+    with_answers = open_rows(recipe, "validation", "train", names) if names else None
+    return Data(train, validation, with_answers, answers_of(recipe, train))
+
+
+def answers_of(recipe: Recipe, train: Rows) -> tuple[str, ...]:
+    """The answers that a classifier chooses among: of its file, or those frequent enough."""
+    if recipe.model.kind != "classifier":
+        return ()
+    ((name, task),) = recipe.tasks.items()
+    if task.answers is not None:
+        return tuple(read_vocabulary(Path(task.answers)))
+    split = task.answers_from or task.split("train")
+    rows = train if task.answers_from is None else open_rows(recipe, split, "train")
+    found = vocabulary(rows.samples[name].rows, task.least)
+    if len(found) < 2:
+        raise ValueError(
+            f"tasks.{name}: {found[0]!r} alone occurs in at least {task.least} questions of "
+            f"{split!r}, a classifier needs two answers: lower least"
+        )
+    return tuple(found)
+
+
+def arguments_of(recipe: Recipe, *, validated: bool) -> TrainingArguments:
+    """The Trainer's arguments: the recipe's, and what follows from it where it does not say.
+
+    bf16 where a GPU has it, TensorBoard, the best and the last checkpoint.
+
+    Raises:
+        ValueError: what TrainingArguments refuses.
+    """
+    on_gpu = torch.cuda.is_available()
+    defaults: dict[str, Any] = {
+        "report_to": ["tensorboard"],
+        "remove_unused_columns": False,
+        "logging_steps": 50,
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "dataloader_pin_memory": on_gpu,
+        "ddp_find_unused_parameters": recipe.modules == "per-task",
+        "bf16": on_gpu and torch.cuda.is_bf16_supported() and not recipe.training.get("fp16"),
+    }
+    told = {**defaults, **recipe.training}
+    if validated:
+        told.setdefault("eval_strategy", told["save_strategy"])
+        for kind in ("eval", "save"):
+            if told[f"{kind}_strategy"] == "steps":
+                told.setdefault(f"{kind}_steps", told.get("eval_steps", told.get("save_steps")))
+        told.setdefault("load_best_model_at_end", True)
+        told.setdefault("metric_for_best_model", f"eval_{recipe.select}")
+        told.setdefault("greater_is_better", recipe.select == "score")
+    try:
+        arguments = TrainingArguments(**told)
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()  # says so where its package is missing
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ValueError(f"training: {' '.join(str(error).split())}") from None
+    return arguments
+
+
+def train(recipe: Recipe) -> Path:
+    """Trains a recipe, or goes on where a run of it stopped; returns the folder of the run.
+
+    In the folder: recipe.yaml; checkpoint-*/; best/ (by the validation splits, if there are any)
+    and last/, each an adapter with all that `fused-route eval` and `predict` need; scores.json;
+    TensorBoard's files.
+
+    Raises:
+        ValueError: data, models or settings that cannot be used, or a folder with another run.
+    """
+    folder = Path(recipe.training["output_dir"])
+    check_folder(folder, recipe)
+    validated = any(task.validation is not None for task in recipe.tasks.values())
+    arguments = arguments_of(recipe, validated=validated)
+    seed(arguments)
+    data = open_data(recipe)
+    built = build(recipe, data.answers)
+    encode(built, data.images())
+    if arguments.should_save:
+        write_recipe(recipe, folder)
+    trainer = ExperimentTrainer(
+        built, arguments, data.train, data.validation, data.with_answers, _callbacks(recipe)
+    )
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None and arguments.should_save:
+        print(f"resuming from {checkpoint}", file=sys.stderr)
+    done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _finish(trainer, folder, done.metrics)
+    return folder
+
+
+def _finish(trainer: ExperimentTrainer, folder: Path, metrics: dict[str, float]) -> None:
+    """The best and the last adapter, and the scores that the best had."""
+    chosen = trainer.args.load_best_model_at_end
+    step = trainer.state.best_global_step if chosen else trainer.state.global_step
+    logged = [log for log in trainer.state.log_history if log["step"] == step]
+    metrics_of = {name: value for log in logged for name, value in log.items()}
+    scores = {
+        name.removeprefix("eval_"): value
+        for name, value in metrics_of.items()
+        if name.startswith("eval_") and name != "eval_runtime"
+    }
+    if trainer.args.should_save:
+        save(trainer.built, folder / (BEST if chosen else LAST))
+        write_json(folder / SCORES, {"validation": scores, "training": metrics})
+
+
+def _callbacks(recipe: Recipe) -> list[TrainerCallback]:
+    return [] if recipe.patience is None else [EarlyStoppingCallback(recipe.patience)]
+
+
+def seed(arguments: TrainingArguments) -> None:
+    """Seeds everything before anything is drawn, the trained layers' first values included."""
+    if arguments.full_determinism:
+        enable_full_determinism(arguments.seed)
+    else:
+        set_seed(arguments.seed)
+
+
+def encode(built: Built, images: list[Path]) -> None:
+    """Encodes what the cache lacks of these images; processes share the work and wait."""
+    state = PartialState()
+    if built.cache is not None:
+        built.tower.to(state.device)
+        workers = min(8, os.cpu_count() or 1) if len(images) > FEW else 0
+        built.cache.encode(built.encoder, images, workers=workers, broken=built.recipe.broken)
+        built.tower.to("cpu")
+    state.wait_for_everyone()

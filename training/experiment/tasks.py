@@ -1,0 +1,151 @@
+"""What tasks ask of a model and how they are scored; the rows of an experiment's tasks as one."""
+
+import bisect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset
+
+from fused_route.training.data.samples import Samples, open_samples
+from fused_route.training.experiment.recipe import Recipe, TaskRecipe
+from fused_route.training.metrics.answers import exact_match, nlvr2_scores, vqa_scores
+from fused_route.training.metrics.captions import caption_scores
+
+Predictions = Mapping[str, str]
+
+
+class Scored(NamedTuple):
+    """Scores of predictions.
+
+    Attributes:
+        main: the one by which models are compared.
+        scores: all of them, by name.
+    """
+
+    main: float
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task is, whatever its data.
+
+    Attributes:
+        score: of predictions by id, for rows of the role "evaluate".
+        candidates: the answers to choose among; empty: any text.
+        targets: what is trained on: "answer", the row's; "sampled", one of its references, drawn
+            by its score, which weighs the loss.
+    """
+
+    score: Callable[[Predictions, Samples, TaskRecipe], Scored]
+    candidates: tuple[str, ...] = ()
+    targets: str = "answer"
+
+
+def _columns(samples: Samples, *names: str) -> list[dict[str, Any]]:
+    table = samples.rows.select_columns(["id", *names]).to_dict()
+    ids = table["id"]
+    return [dict(zip(ids, table[name], strict=True)) for name in names]
+
+
+def _vqa(predictions: Predictions, samples: Samples, recipe: TaskRecipe) -> Scored:
+    references, kinds = _columns(samples, "references", "kind")
+    scores = vqa_scores(predictions, references, kinds, recipe.normalize)
+    return Scored(scores["accuracy"], scores)
+
+
+def _gqa(predictions: Predictions, samples: Samples, recipe: TaskRecipe) -> Scored:
+    answers, kinds = _columns(samples, "answer", "kind")
+    scores = exact_match(predictions, answers, kinds, recipe.normalize)
+    return Scored(scores["accuracy"], scores)
+
+
+def _nlvr2(predictions: Predictions, samples: Samples, recipe: TaskRecipe) -> Scored:
+    (answers,) = _columns(samples, "answer")
+    scores = nlvr2_scores(predictions, answers)
+    return Scored(scores["accuracy"], scores)
+
+
+def _captions(predictions: Predictions, samples: Samples, recipe: TaskRecipe) -> Scored:
+    """With "_regex" behind every name, and a line on standard error, without the PTB tokenizer."""
+    (references,) = _columns(samples, "references")
+    found = caption_scores(predictions, references)
+    label = "" if found.tokenizer == "ptb" else f"_{found.tokenizer}"
+    if label:
+        print(f"captions: {found.note}", file=sys.stderr)
+    scores = {f"{name}{label}": value for name, value in found.scores.items()}
+    return Scored(found.scores["cider"], scores)
+
+
+TASKS = {
+    "vqa": Task(_vqa, targets="sampled"),
+    "gqa": Task(_gqa),
+    "nlvr2": Task(_nlvr2, candidates=("true", "false")),
+    "caption": Task(_captions),
+}
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """The rows of several tasks, one after the other.
+
+    A row is that of `Samples`, with "name" (the task's in the recipe), "row" (its index here) and
+    "paths" (files of its images).
+
+    Attributes:
+        samples: by the task's name.
+        starts: index of each task's first row, and the number of all at the end.
+    """
+
+    def __init__(self, samples: Mapping[str, Samples]) -> None:
+        self.samples = dict(samples)
+        self.starts = [0, *accumulate(len(s.rows) for s in self.samples.values())]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = bisect.bisect_right(self.starts, index) - 1
+        name = list(self.samples)[place]
+        samples = self.samples[name]
+        row: dict[str, Any] = samples.rows[index - self.starts[place]]
+        paths = [samples.path(image) for image in row["images"]]
+        return {**row, "name": name, "row": index, "paths": paths}
+
+    def of(self, name: str) -> range:
+        """The indices of a task's rows."""
+        place = list(self.samples).index(name)
+        return range(self.starts[place], self.starts[place + 1])
+
+    def images(self) -> list[Path]:
+        """Every image once, in the order of the rows."""
+        found: dict[Path, None] = {}
+        for samples in self.samples.values():
+            for images in samples.rows["images"]:
+                found.update((samples.path(image), None) for image in images)
+        return list(found)
+
+
+def open_rows(recipe: Recipe, split: str, role: str, names: Sequence[str] | None = None) -> Rows:
+    """The rows of a split ("train", "validation", "test" or a layout's own) of a recipe's tasks.
+
+    Raises:
+        ValueError: no such task or split, or data that cannot be used.
+    """
+    opened = {}
+    for name in recipe.tasks if names is None else names:
+        task = recipe.tasks.get(name)
+        if task is None:
+            raise ValueError(f"task {name!r} is not in the recipe: {', '.join(recipe.tasks)}")
+        opened[name] = open_samples(
+            task.source,
+            task.split(split),
+            role=role,
+            cache_dir=Path(recipe.cache) / "rows",
+            broken=recipe.broken,
+            limit=task.limit,
+        )
+    return Rows(opened)

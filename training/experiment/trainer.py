@@ -1,0 +1,235 @@
+"""transformers' Trainer on an experiment: batches of one task, adapters saved, answers scored."""
+
+import math
+import time
+from collections.abc import Iterator
+from itertools import cycle, islice, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+
+from fused_route.training.data.layouts import LAYOUTS
+from fused_route.training.experiment.batches import IGNORED, Batches
+from fused_route.training.experiment.build import Built
+from fused_route.training.experiment.decoding import Asking, Questions, answers, token_losses
+from fused_route.training.experiment.folder import COMPLETE, LAST, save
+from fused_route.training.experiment.sampling import TaskBatches, in_order
+from fused_route.training.experiment.tasks import TASKS, Rows
+
+
+class ExperimentTrainer(Trainer):
+    """Trains what `Built.tuned` holds.
+
+    Args:
+        built: the model and what belongs to it.
+        arguments: transformers' own.
+        train: rows to train on.
+        validation: rows of the role "evaluate" to score, or None.
+        with_answers: the same rows of the role "train", for the loss there.
+        callbacks: transformers' own.
+    """
+
+    def __init__(
+        self,
+        built: Built,
+        arguments: TrainingArguments,
+        train: Rows | None = None,
+        validation: Rows | None = None,
+        with_answers: Rows | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.built = built
+        self.rows, self.validation, self.with_answers = train, validation, with_answers
+        self.asking: Batches = built.batches()
+        augmented = built.batches(augmentation=built.recipe.augmentation)
+        super().__init__(
+            built.model,
+            arguments,
+            data_collator=augmented.training,
+            train_dataset=train,
+            eval_dataset=validation,
+            callbacks=callbacks,
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of one task each: see `TaskBatches`."""
+        assert self.rows is not None
+        names = list(self.rows.samples)
+        default = self.args.per_device_train_batch_size
+        sizes = {n: self.built.recipe.tasks[n].batch_size or default for n in names}
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        rows = {name: self.rows.of(name) for name in names}
+        sampler = TaskBatches(rows, sizes, self.built.recipe.sampling, seed)
+        self.add_callback(_EpochOf(sampler))
+        loader = self._loader(self.rows, sampler, self.data_collator)
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def _loader(self, rows: Rows, batches: Any, collate: Any) -> DataLoader[Any]:
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+        )
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """transformers' own, with the modules of the batch's task."""
+        self.built.tuned.use(inputs.pop("name"))
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The model's own; with weights, Σ_i weight_i · (mean of row i's token losses) / B."""
+        weights = inputs.pop("weights", None)
+        if weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs)
+        is_pair = self.built.recipe.model.kind == "encoder-decoder"
+        loss = weighted_loss(outputs.logits, inputs["labels"], weights, is_pair)
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            loss = loss / self.current_gradient_accumulation_steps  # which the Trainer left to it
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """What the recipe selects by: scores of answers, or the loss, on the validation rows.
+
+        "eval_score" is the mean over tasks of their main scores, "eval_loss" the loss.
+        """
+        start = time.time()
+        if self.built.recipe.select == "loss":
+            rows = eval_dataset or self.with_answers
+            assert rows is not None
+            found = {"loss": self.loss_on(rows)}
+        else:
+            rows = eval_dataset or self.validation
+            assert rows is not None
+            _, found = self.scored(rows)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.time() - start, 3)
+        self.log(metrics)
+        told = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = told
+        return metrics
+
+    def scored(self, rows: Rows) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
+        """(answers by task and id, scores): "<task>_<score>" of every task, and "score"."""
+        given = self.answered(rows)
+        scores: dict[str, float] = {}
+        main = []
+        for name, samples in rows.samples.items():
+            task = TASKS[LAYOUTS[self.built.recipe.tasks[name].layout].task]
+            found = task.score(given[name], samples, self.built.recipe.tasks[name])
+            scores |= {f"{name}_{key}": value for key, value in found.scores.items()}
+            main.append(found.main)
+        return given, {**scores, "score": sum(main) / len(main)}
+
+    def answered(self, rows: Rows) -> dict[str, dict[str, str]]:
+        """An answer to each row, by task and id; the processes share the work."""
+        model, device = self.built.model.eval(), self.args.device
+        found: list[tuple[str, str, str]] = []
+        generation = {"synced_gpus": True} if self.is_fsdp_enabled else {}
+        for questions in self._shared(rows, Asking(self.asking), "answering"):
+            self.built.tuned.use(questions.name)
+            inputs = [
+                {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+                for batch in questions.inputs
+            ]
+            moved = Questions(questions.name, questions.ids, inputs)
+            with self.accelerator.autocast():
+                given = answers(model, self.asking, moved, **generation)
+            found += zip(repeat(questions.name), questions.ids, given, strict=False)
+        by_task: dict[str, dict[str, str]] = {name: {} for name in rows.samples}
+        for name, key, answer in gather_object(found):
+            by_task[name][key] = answer
+        return by_task
+
+    @torch.no_grad()
+    def loss_on(self, rows: Rows) -> float:
+        """The training loss on rows of the role "train", mean over their batches."""
+        model, losses = self.built.model.eval(), []
+        for inputs in self._shared(rows, self.asking.training, "validating"):
+            inputs = self._prepare_inputs(inputs)
+            self.built.tuned.use(inputs.pop("name"))
+            with self.compute_loss_context_manager():
+                losses.append(float(self.compute_loss(model, inputs)))
+        gathered = gather_object(losses)
+        return sum(gathered) / len(gathered)
+
+    def _shared(self, rows: Rows, collate: Any, doing: str) -> Iterator[Any]:
+        """Batches of rows for this process, as many as for any other: the first come again."""
+        batches = in_order({n: rows.of(n) for n in rows.samples}, self.args.eval_batch_size)
+        rank, world = self.args.process_index, self.args.world_size
+        even = list(islice(cycle(batches), -(-len(batches) // world) * world))
+        loader = self._loader(rows, even[rank::world], collate)
+        silent = rank != 0 or self.args.disable_tqdm
+        return iter(tqdm(loader, desc=doing, unit="batch", leave=False, disable=silent))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """What is trained, and nothing of the frozen models."""
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            save(self.built, folder)
+            torch.save(self.args, folder / "training_args.bin")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.built.tuned.load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Keeps the last before it."""
+        self._save(str(Path(self.args.output_dir) / LAST))
+        self.accelerator.wait_for_everyone()
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+class _EpochOf(TrainerCallback):
+    """Tells the sampler its epoch, which accelerate's shards and skips do not pass on."""
+
+    def __init__(self, sampler: TaskBatches) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Whole epochs; a resumed one begins with a fraction."""
+        self.sampler.set_epoch(math.floor((state.epoch or 0.0) + 1e-6))
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, is_pair: bool) -> Tensor:
+    """Σ_i weight_i · (mean over tokens of −log p of row i's labels) / B.
+
+    Args:
+        logits, labels: (B, T, vocabulary), (B, T); a decoder's are shifted here.
+        weights: (B,).
+        is_pair: whether they come from an encoder-decoder, whose labels are in place.
+    """
+    logits = logits.float()
+    if not is_pair:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counts = labels.ne(IGNORED).sum(1).clamp(min=1)
+    return (weights * token_losses(logits, labels).sum(1) / counts).mean()
