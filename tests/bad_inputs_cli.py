@@ -99,6 +99,54 @@ OPTIONS: dict[str, dict[str, list[Bad]]] = {
         ],
     },
 }
+RECIPE: dict[str, list[Bad]] = {
+    "recipe": [
+        bad("empty", "", "vqa-roberta-base-lora", "''"),
+        bad("name", "no/such.yaml", "vqa-roberta-base-lora", "no/such.yaml"),
+        bad("name", folder("recipes"), "vqa-roberta-base-lora", "recipes"),
+        bad("type", file("list.yaml", b"- 1"), "a recipe has", "list.yaml"),
+        bad("type", file("binary.yaml", b"\xff\xfe\x00"), "no YAML", "binary.yaml"),
+        bad("empty", file("empty.yaml", b""), "a recipe has", "empty.yaml"),
+        LONG,
+    ]
+}
+RUN = [
+    bad("name", "no/such", "a run of `fused-route train`", "no/such"),
+    bad("empty", folder("empty"), "a run of `fused-route train`", "empty"),
+    bad("name", file("file", b""), "a run of `fused-route train`", "file"),
+]
+FLAG: list[Bad] = []
+OPTIONS |= {
+    "train": {**RECIPE, "--dry-run": FLAG, "--skip-broken": FLAG},
+    "eval": {
+        "folder": RUN,
+        "--split": FLAG,  # of a run: tests/test_experiment_cli.py
+        "--task": FLAG,
+        "--to": FLAG,
+        "--skip-broken": FLAG,
+    },
+    "generate": {
+        "--adapter": RUN,
+        "--image": FLAG,
+        "--task": FLAG,
+        "--beams": no_counts(),
+        "--tokens": no_counts(),
+    },
+    "encode": {
+        **RECIPE,
+        "--dtype": [bad("name", "int8", "float16"), bad("empty", "", "float16", "''")],
+        "--workers": [
+            bad("range", "-1", "at least 0"),
+            bad("text", "x", "whole"),
+            bad("huge", "9" * 30, "at most"),
+        ],
+        "--batch": no_counts(),
+        "--verify": FLAG,
+        "--skip-broken": FLAG,
+    },
+    "doctor": RECIPE,
+}
+OPTIONS["predict"]["--task"] = FLAG
 VALID: dict[str, dict[str, Callable[[Path], object]]] = {
     "demo": {"--steps": lambda _: 1},
     "predict": {
@@ -106,6 +154,11 @@ VALID: dict[str, dict[str, Callable[[Path], object]]] = {
         "--image": picture,
         "--question": lambda _: "what color is the shape?",
     },
+    "train": {"recipe": lambda _: "no/such"},
+    "eval": {"folder": lambda _: "no/such"},
+    "generate": {"--adapter": lambda _: "no/such", "--image": picture},
+    "encode": {"recipe": lambda _: "no/such"},
+    "doctor": {},
 }
 COMMANDS: list[Bad] = [
     bad("empty", [], "COMMAND"),

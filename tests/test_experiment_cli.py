@@ -400,6 +400,6 @@ def test_broken_images_are_refused_or_skipped(
     file = written(folder, "roberta", "lora", "broken")
     given = ["--tasks.vqa.root", data, "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
     assert images[0].name in refused(capsys, "train", file, *given)
-    assert run("train", file, *given, "--broken", "skip") == 0
+    assert run("train", file, *given, "--skip-broken") == 0
     err = capsys.readouterr().err
     assert "missing image" in err and "unreadable image" in err

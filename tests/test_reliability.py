@@ -129,8 +129,10 @@ def test_a_bad_option_is_one_line(
         monkeypatch.setattr(compare, "run", started)
     values = {key: make(tmp_path) for key, make in VALID[command].items()}
     values[option] = given(row, tmp_path)
-    line = [command, *(f"{key}={value}" for key, value in values.items())]
-    assert_says(error_of(line, capsys), row, option.removeprefix("--"))
+    told = [f"{k}={value}" if k.startswith("-") else str(value) for k, value in values.items()]
+    line = [command, *told]
+    argument = option.removeprefix("--") if option.startswith("-") else ""
+    assert_says(error_of(line, capsys), row, argument)
 
 
 @pytest.mark.parametrize("row", COMMANDS, ids=lambda row: " ".join(row.value))
@@ -188,7 +190,7 @@ def test_every_option_has_bad_values() -> None:
         if isinstance(action, argparse._SubParsersAction)
     )
     options = {
-        name: {action.option_strings[-1] for action in parser._actions if action.dest != "help"}
+        name: {[a.dest, *a.option_strings][-1] for a in parser._actions if a.dest != "help"}
         for name, parser in commands.choices.items()
     }
     assert options == {name: set(rows) for name, rows in OPTIONS.items()}

@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest and not hasattr(arguments, "overrides"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.overrides = rest
+    skipping = ["--broken", "skip"] if getattr(arguments, "skip_broken", False) else []
+    arguments.overrides = [*rest, *skipping]
     try:
         return int(arguments.run(arguments))
     except (ValueError, ImportError, OSError) as error:
@@ -74,6 +75,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help="print settings, parameters, memory and the first batch, and train nothing",
     )
+    _add_skip_broken(train)
     train.set_defaults(run=_train, overrides=())
 
 
@@ -87,6 +89,7 @@ def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     score.add_argument("--task", action="append", help="of the recipe's tasks; again for another")
     score.add_argument("--to", type=Path, help="folder of answers and scores; else the adapter's")
+    _add_skip_broken(score)
     score.set_defaults(run=_eval, overrides=())
 
 
@@ -125,6 +128,7 @@ def _add_encode(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     encode.add_argument("--workers", type=whole, help="processes that read images (default: 8)")
     encode.add_argument("--batch", type=positive, default=64, help="images at once (default: 64)")
     encode.add_argument("--verify", action="store_true", help="check what is there once more")
+    _add_skip_broken(encode)
     encode.set_defaults(run=_encode, overrides=())
 
 
@@ -137,6 +141,14 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     doctor.add_argument("recipe", nargs="?", help="a YAML file, or the name of one")
     doctor.set_defaults(run=_doctor, overrides=())
+
+
+def _add_skip_broken(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out rows whose image or answer is missing, and count them",
+    )
 
 
 def positive(text: str) -> int:

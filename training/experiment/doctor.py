@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 from fused_route import __version__
 from fused_route.training.data.samples import absent
+from fused_route.training.experiment.packaged import LANGUAGES, TOWERS
 from fused_route.training.experiment.recipe import Recipe, TaskRecipe
 
 ROOM = 10 * 2**30  # bytes: pooled features of COCO and a few runs
@@ -128,7 +129,9 @@ def _models(recipe: Recipe) -> Iterator[Finding]:
     for part in ("vision", "language"):
         name = getattr(recipe.model, part)
         told = f"model.{part}={name}"
-        if (Path(name) / "config.json").is_file():
+        if name in (TOWERS if part == "vision" else LANGUAGES):
+            yield _packaged(told, name)
+        elif (Path(name) / "config.json").is_file():
             yield Finding("ok", told)
         elif Path(name).is_dir():
             yield Finding("problem", f"{told} is a folder without config.json", "name a model's")
@@ -140,6 +143,14 @@ def _models(recipe: Recipe) -> Iterator[Finding]:
                 f"{told} is not on this disk",
                 f"training downloads it, or: hf download {name}",
             )
+
+
+def _packaged(told: str, name: str) -> Finding:
+    try:
+        (TOWERS | LANGUAGES)[name]()
+    except ValueError as error:
+        return Finding("problem", f"{told}: {error}")
+    return Finding("ok", told)
 
 
 def _in_hub_cache(name: str) -> bool:

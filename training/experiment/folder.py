@@ -52,7 +52,7 @@ def adapter_folder(run: Path) -> Path:
     raise ValueError(
         f"{run} holds no adapter with a {RECIPE}: give the folder of a run of `fused-route train`"
         if run.is_dir()
-        else f"{run} is no folder: give that of a run of `fused-route train`"
+        else f"{run} is no folder: give that of a run of `fused-route train`, or an adapter in it"
     )
 
 

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fused_route.training.experiment.packaged import LANGUAGES, TOWERS
 from fused_route.training.towers import as_tower
 
 LANGUAGE_CLASSES = {
@@ -29,12 +30,16 @@ LANGUAGE_CLASSES = {
 def load_tower(name: str, features: str = "pooled") -> tuple[PreTrainedModel, Any]:
     """(a vision tower, its image processor).
 
-    Of a model of images and texts, such as CLIP, the tower alone. Pooled features of a tower whose
-    pooling layer the files lack are those of a random layer: a line on standard error says so.
+    Of a model of images and texts, such as CLIP, the tower alone; or one of `packaged`. Pooled
+    features of a tower whose pooling layer the files lack are those of a random layer: a line on
+    standard error says so.
 
     Raises:
         ValueError: nothing there, or no vision model.
     """
+    if name in TOWERS:
+        tower, processor = TOWERS[name]()
+        return tower.requires_grad_(False).eval(), processor
     config = _loaded("model.vision", name, lambda: AutoConfig.from_pretrained(name))
     model, told = _loaded(
         "model.vision", name, lambda: AutoModel.from_pretrained(name, output_loading_info=True)
@@ -64,6 +69,7 @@ def load_language(
     Raises:
         ValueError: nothing there, or a model of another kind.
     """
+    name = LANGUAGES[name]() if name in LANGUAGES else name
     config = _loaded("model.language", name, lambda: AutoConfig.from_pretrained(name))
     pair = bool(getattr(config, "is_encoder_decoder", False))
     if kind != "classifier" and pair != (kind == "encoder-decoder"):

@@ -37,8 +37,10 @@ class ModelRecipe:
     """The frozen models.
 
     Attributes:
-        language: directory or hub name of a language model of transformers, with its tokenizer.
-        vision: the same of a vision tower, with its image processor; timm's have hub names too.
+        language: directory or hub name of a language model of transformers, with its tokenizer; or
+            "packaged/all-minilm-l6-v2", of a package with its weights.
+        vision: the same of a vision tower, with its image processor; timm's have hub names too; or
+            "packaged/efficientnet-lite0".
         kind: what the language model does: "classifier" chooses among the answers that training
             has, "decoder" goes on with the prompt, "encoder-decoder" translates it.
         features, visual_tokens, projection: as in `VisionLanguageConfig`.

@@ -42,19 +42,18 @@ class Data:
 
     Attributes:
         train: rows to train on.
-        validation: rows to answer, of the tasks that have a validation split; None without any.
-        with_answers: the same rows, each answer one.
+        validation: rows to select by, of the tasks that have a validation split: to answer for
+            scores, with their answers for the loss; None without any.
         answers: those that a classifier chooses among.
     """
 
     train: Rows
     validation: Rows | None
-    with_answers: Rows | None
     answers: tuple[str, ...]
 
     def images(self) -> list[Path]:
         """Every image once."""
-        rows = [self.train, *filter(None, (self.validation, self.with_answers))]
+        rows = [self.train] if self.validation is None else [self.train, self.validation]
         return list(dict.fromkeys(path for some in rows for path in some.images()))
 
 
@@ -66,9 +65,9 @@ def open_data(recipe: Recipe) -> Data:
     """
     train = open_rows(recipe, "train", "train")
     names = [name for name, task in recipe.tasks.items() if task.validation is not None]
-    validation = open_rows(recipe, "validation", "evaluate", names) if names else None
-    with_answers = open_rows(recipe, "validation", "train", names) if names else None
-    return Data(train, validation, with_answers, answers_of(recipe, train))
+    role = "evaluate" if recipe.select == "score" else "train"
+    validation = open_rows(recipe, "validation", role, names) if names else None
+    return Data(train, validation, answers_of(recipe, train))
 
 
 def answers_of(recipe: Recipe, train: Rows) -> tuple[str, ...]:
@@ -146,9 +145,7 @@ def train(recipe: Recipe) -> Path:
     encode(built, data.images())
     if arguments.should_save:
         write_recipe(recipe, folder)
-    trainer = ExperimentTrainer(
-        built, arguments, data.train, data.validation, data.with_answers, _callbacks(recipe)
-    )
+    trainer = ExperimentTrainer(built, arguments, data.train, data.validation, _callbacks(recipe))
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None and arguments.should_save:
         print(f"resuming from {checkpoint}", file=sys.stderr)

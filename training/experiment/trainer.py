@@ -30,8 +30,7 @@ class ExperimentTrainer(Trainer):
         built: the model and what belongs to it.
         arguments: transformers' own.
         train: rows to train on.
-        validation: rows of the role "evaluate" to score, or None.
-        with_answers: the same rows of the role "train", for the loss there.
+        validation: rows to select by: of the role "evaluate" for scores, "train" for the loss.
         callbacks: transformers' own.
     """
 
@@ -41,11 +40,10 @@ class ExperimentTrainer(Trainer):
         arguments: TrainingArguments,
         train: Rows | None = None,
         validation: Rows | None = None,
-        with_answers: Rows | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.built = built
-        self.rows, self.validation, self.with_answers = train, validation, with_answers
+        self.rows = train
         self.asking: Batches = built.batches()
         augmented = built.batches(augmentation=built.recipe.augmentation)
         super().__init__(
@@ -119,13 +117,10 @@ class ExperimentTrainer(Trainer):
         "eval_score" is the mean over tasks of their main scores, "eval_loss" the loss.
         """
         start = time.time()
+        rows: Rows = eval_dataset or self.eval_dataset
         if self.built.recipe.select == "loss":
-            rows = eval_dataset or self.with_answers
-            assert rows is not None
             found = {"loss": self.loss_on(rows)}
         else:
-            rows = eval_dataset or self.validation
-            assert rows is not None
             _, found = self.scored(rows)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.time() - start, 3)
