@@ -102,7 +102,7 @@ class Attached:
         for name in before.saved:
             found[f"{checkpoint.PREFIX}{name}"] = _tensor(self.model, name)
         if self.projector is not None:
-            for name, tensor in self.projector.state_dict(keep_vars=True).items():
+            for name, tensor in self.projector.named_parameters():
                 found[f"base_model.{PROJECTOR}.{name}"] = tensor
         return found
 
@@ -128,7 +128,7 @@ class Attached:
         settings = self.config.to_json()
         name = getattr(getattr(self.model, "config", None), "_name_or_path", None)
         description = {
-            "auto_mapping": {"base_model_class": type(self.model).__name__},
+            "auto_mapping": {"base_model_class": _class_name(self.model)},
             "base_model_name_or_path": name or None,
             "fused_route_version": __version__,
         }
@@ -352,10 +352,17 @@ def _refuse_other_model(
 ) -> None:
     mapping = written.get("auto_mapping")
     theirs = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    if theirs not in (None, type(model).__name__):
+    if theirs not in (None, _class_name(model)):
         raise ValueError(
-            f"{directory} is an adapter for {theirs}, this model is a {type(model).__name__}"
+            f"{directory} is an adapter for {theirs}, this model is a {_class_name(model)}"
         )
+
+
+def _class_name(model: nn.Module) -> str:
+    """Of the model's own class: fully_shard gives it one of its own, derived from it."""
+    classes = type(model).__mro__
+    own = (of for of in classes if not of.__module__.startswith("torch.distributed.fsdp"))
+    return next(own).__name__
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -34,9 +34,10 @@ default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
-    ("py:class", r"(collections\.abc|contextlib|os|pathlib|PIL|torch|transformers)\..*"),
+    ("py:class", r"(collections\.abc|contextlib|datasets|os|pathlib|PIL|torch|transformers)\..*"),
     ("py:class", r"(fused_route\.\w+\.)?[A-Z]"),  # type variables
     ("py:class", r"(Peft|Task)Type"),  # of PEFT
+    ("py:class", "PreTrainedModel"),
 ]
 
 

@@ -28,7 +28,7 @@ LANGUAGE_CLASSES = {
 
 
 def load_tower(name: str, features: str = "pooled") -> tuple[PreTrainedModel, Any]:
-    """(a vision tower, its image processor).
+    """(a vision tower, its image processor; None for a model of timm's).
 
     Of a model of images and texts, such as CLIP, the tower alone; or one of `packaged`. Pooled
     features of a tower whose pooling layer the files lack are those of a random layer: a line on
@@ -53,7 +53,9 @@ def load_tower(name: str, features: str = "pooled") -> tuple[PreTrainedModel, An
             "model.features=tokens are not",
             file=sys.stderr,
         )
-    processor = _loaded("model.vision", name, lambda: AutoImageProcessor.from_pretrained(name))
+    processor = None  # a model of timm's knows its own transform
+    if not hasattr(tower, "timm_model"):
+        processor = _loaded("model.vision", name, lambda: AutoImageProcessor.from_pretrained(name))
     return tower.requires_grad_(False).eval(), processor
 
 

@@ -24,7 +24,6 @@ from fused_route.training.experiment.folder import (
     LAST,
     check_folder,
     last_checkpoint,
-    save,
     write_json,
     write_recipe,
 )
@@ -128,7 +127,7 @@ def arguments_of(recipe: Recipe, *, validated: bool) -> TrainingArguments:
 def train(recipe: Recipe) -> Path:
     """Trains a recipe, or goes on where a run of it stopped; returns the folder of the run.
 
-    In the folder: recipe.yaml; checkpoint-*/; best/ (by the validation splits, if there are any)
+    In the folder: recipe.yaml; checkpoints; best/ (by the validation splits, if there are any)
     and last/, each an adapter with all that `fused-route eval` and `predict` need; scores.json;
     TensorBoard's files.
 
@@ -165,8 +164,8 @@ def _finish(trainer: ExperimentTrainer, folder: Path, metrics: dict[str, float])
         for name, value in metrics_of.items()
         if name.startswith("eval_") and name != "eval_runtime"
     }
+    trainer.save_model(str(folder / (BEST if chosen else LAST)))
     if trainer.args.should_save:
-        save(trainer.built, folder / (BEST if chosen else LAST))
         write_json(folder / SCORES, {"validation": scores, "training": metrics})
 
 

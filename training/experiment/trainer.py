@@ -20,6 +20,7 @@ from fused_route.training.experiment.build import Built
 from fused_route.training.experiment.decoding import Asking, Questions, answers, token_losses
 from fused_route.training.experiment.folder import COMPLETE, LAST, save
 from fused_route.training.experiment.sampling import TaskBatches, in_order
+from fused_route.training.experiment.sharded import gathered
 from fused_route.training.experiment.tasks import TASKS, Rows
 
 
@@ -182,12 +183,17 @@ class ExperimentTrainer(Trainer):
         silent = rank != 0 or self.args.disable_tqdm
         return iter(tqdm(loader, desc=doing, unit="batch", leave=False, disable=silent))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What is trained, whole where it is sharded."""
+        with gathered(self.model):
+            self._save(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What is trained, and nothing of the frozen models."""
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             save(self.built, folder)
-            torch.save(self.args, folder / "training_args.bin")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -195,12 +201,12 @@ class ExperimentTrainer(Trainer):
             (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.built.tuned.load(Path(resume_from_checkpoint))
+        with gathered(self.model):
+            self.built.tuned.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Keeps the last before it."""
-        self._save(str(Path(self.args.output_dir) / LAST))
-        self.accelerator.wait_for_everyone()
+        self.save_model(str(Path(self.args.output_dir) / LAST))
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
