@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 from experiments import TARGETS, recipe, save_all, written
@@ -19,6 +20,7 @@ from fused_route.training.experiment.folder import open_run
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.run import encode, open_data
 from fused_route.training.experiment.tasks import Rows, open_rows
+from fused_route.training.towers import wrap_timm
 
 MAIN = {"roberta": "vqa_accuracy", "gqa": "gqa_accuracy", "gpt2": "caption_cider"}
 
@@ -256,6 +258,17 @@ def test_rows_of_several_tasks(folder: Path) -> None:
         assert all(path.is_file() for path in row["paths"])
     assert len(rows[rows.of("nlvr2")[0]]["paths"]) == 2
     assert len(rows.images()) == len(set(rows.images()))
+
+
+@pytest.mark.parametrize("language", ["roberta"])
+def test_towers_of_timm_and_of_packages(language: str, folder: Path, tmp_path: Path) -> None:
+    """timm's from a folder, with its own transform; EfficientNet-Lite0 with its weights."""
+    name = "test_vit.r160_in1k"
+    wrap_timm(timm.create_model(name, pretrained=False)).save_pretrained(tmp_path / "timm")
+    for vision in (tmp_path / "timm", "packaged/efficientnet-lite0"):
+        given = ["--vision", str(vision), "--limit", "4", "--cache", str(tmp_path / "cache")]
+        trained = Trained(recipe(folder, language, "lora", *given))
+        assert torch.isfinite(trained.built.model(**trained.batch("vqa", 4)).loss)
 
 
 def test_targets_of_the_tables_are_those_that_recipes_name() -> None:
