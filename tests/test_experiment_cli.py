@@ -233,6 +233,20 @@ class TestEval:
         assert "evaluation server" in capsys.readouterr().out
         assert [path.name for path in tmp_path.iterdir()] == ["answers-vqa-test-dev.json"]
 
+    def test_how_training_was_watched_does_not_matter(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Evaluated by steps, from another folder, which stays as it is."""
+        file = written(folder, "roberta", "lora", "steps")
+        steps = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps"]
+        assert run("train", file, *steps, "--save_steps", "2", "--report_to", "tensorboard") == 0
+        out = folder / "runs" / "roberta-lora-steps"
+        files = sorted(out.rglob("*"))
+        monkeypatch.chdir(tmp_path)
+        assert run("eval", out, "--to", tmp_path / "found") == 0
+        assert sorted(out.rglob("*")) == files
+        assert [path.name for path in tmp_path.iterdir()] == ["found"]
+
     def test_scores_are_those_of_training(self, runs: dict[str, Path], tmp_path: Path) -> None:
         assert run("eval", runs["roberta"], "--split", "validation", "--to", tmp_path) == 0
         logged = json.loads((runs["roberta"] / "scores.json").read_text())["validation"]

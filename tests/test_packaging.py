@@ -284,6 +284,44 @@ def test_peft_imports_downward_only(module: str) -> None:
     assert files == set(PEFT_LAYERS)
 
 
+ALONE = {"files", "packages"}
+MODELS = {"vlm", "vlm_config", "vlm_generate", "visual_tokens", "towers"}
+FEATURES = {"feature_cache", "feature_shards", "encoders"}
+BASELINES = {"baselines", "cross_attention"}
+TRAINING_LAYERS = {  # of training/: what a folder, or a group of files, may import beside itself
+    ("metrics",): {"packages"},
+    ("data",): {"metrics", *ALONE},
+    tuple(MODELS): ALONE,
+    tuple(FEATURES): {"towers", "data", *ALONE},
+    tuple(BASELINES): ALONE,
+    ("demo",): {"data", *FEATURES, *ALONE},
+    ("experiment",): {"data", "metrics", "demo", *MODELS, *FEATURES, *BASELINES, *ALONE},
+    ("cli", "__main__"): {"experiment", "demo"},
+    ("files",): set(),
+    ("packages",): set(),
+}
+
+
+@pytest.mark.parametrize("group", TRAINING_LAYERS, ids=lambda group: group[0])
+def test_training_imports_downward_only(group: tuple[str, ...]) -> None:
+    import ast
+
+    files = [*ROOT.glob("training/*.py"), *ROOT.glob("training/*/*.py")]
+    for file in files:
+        if file.relative_to(ROOT / "training").parts[0].removesuffix(".py") not in group:
+            continue
+        modules = [
+            node.module or ""
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.level == 0
+        ]
+        theirs = {m.split(".")[2] for m in modules if m.startswith("fused_route.training.")}
+        assert theirs <= TRAINING_LAYERS[group] | set(group), file
+    assert {m for group in TRAINING_LAYERS for m in group} == {
+        f.relative_to(ROOT / "training").parts[0].removesuffix(".py") for f in files
+    } - {"__init__"}
+
+
 def test_every_file_has_a_layer() -> None:
     files = {p.stem for p in (ROOT / "fused_route").glob("*.py")} - {"__init__"}
     assert files == set(LAYERS)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ from fused_route.training.experiment.trainer import ExperimentTrainer
 from fused_route.training.files import atomic_file
 
 Answers = Mapping[str, str]
+# What a Trainer that only answers does beside.
+NOTHING: dict[str, Any] = {
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "report_to": [],
+}
 
 
 def evaluate(
@@ -42,8 +50,10 @@ def evaluate(
     built = open_run(run, overrides)
     names = _tasks(built.recipe, split, tasks)
     rows = open_rows(built.recipe, split, "evaluate", names)
-    arguments = arguments_of(built.recipe, validated=False)
-    arguments.report_to = []
+    folder = adapter_folder(run) if out is None else out
+    quiet = {**NOTHING, "output_dir": str(folder)}
+    recipe = replace(built.recipe, training=built.recipe.training | quiet)
+    arguments = arguments_of(recipe, validated=False)
     encode(built, rows.images())
     trainer = ExperimentTrainer(built, arguments)
     withheld = [name for name in names if _is_withheld(built, name, split)]
@@ -52,7 +62,6 @@ def evaluate(
         given = trainer.answered(rows)
     else:
         given, scores = trainer.scored(rows)
-    folder = adapter_folder(run) if out is None else out
     written = _write(folder, split, rows, given, scores) if arguments.should_save else []
     return scores, written
 
