@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from model_folders import tokenizer
 from PIL import Image
 from torch import Tensor
@@ -88,6 +89,18 @@ class TestDecoder:
         assert batch["attention_mask"][1, 0] == 0 and batch["attention_mask"][:, -1].all()
         assert "labels" not in batch
 
+    def test_a_long_question_leaves_room_for_the_answer(self) -> None:
+        made = batches("decoder", "gpt2")
+        given = row(name="nlvr2", text="a red circle " * 30, answer="true")
+        batch = made.training([given])
+        said = batch["labels"][batch["labels"] != IGNORED]
+        assert made.tokenizer.decode(said) == " true<|endoftext|>"
+        length = made.prompts([given])["input_ids"].shape[1]  # the same prompt, trained and asked
+        assert (batch["labels"][0, :length] == IGNORED).all()
+        assert batch["labels"][0, length] != IGNORED
+        two = [made.candidates([given], answer)["labels"] for answer in ("true", "false")]
+        assert not torch.equal(*two)
+
     def test_published_captions(self) -> None:
         made = batches("decoder", "gpt2", compat="eccv24")
         rows = [row(name="caption", text="", answer="a red circle!"), row(1, "caption", answer="!")]
@@ -98,7 +111,8 @@ class TestDecoder:
         assert batch["input_ids"][0].tolist() == expected
         # token 0 is the end of text of this tokenizer, as "!" is token 0 of GPT-2's
         zero = batch["input_ids"] == 0
-        assert torch.equal(batch["labels"] == IGNORED, zero) and zero.any()
+        zero[:, 0] = True  # nor is the first word trained
+        assert torch.equal(batch["labels"] == IGNORED, zero) and zero[:, 1:].any()
         assert batch["attention_mask"][0].sum() == len(words)
         assert made.prompts([row(name="caption", text="")])["input_ids"].shape == (1, 0)
 
@@ -136,7 +150,10 @@ class TestPair:
         assert not torch.equal(
             replace(made, seed=1).training(rows)["weights"], first["weights"]
         )  # 40 draws
-        assert not torch.equal(made.training(rows[::-1])["weights"].flip(0), first["weights"])
+        assert torch.equal(made.training(rows[::-1])["weights"].flip(0), first["weights"])
+        assert torch.equal(made.training(rows[3:7])["weights"], first["weights"][3:7])
+        epoch = [row(number + 40) for number in range(40)]
+        assert not torch.equal(made.training(epoch)["weights"], first["weights"])
 
     def test_candidates(self, model: str) -> None:
         made = batches("encoder-decoder", model)
@@ -207,7 +224,8 @@ class TestTaskBatches:
         def drawn(seed: int, epoch: int) -> list[list[int]]:
             sampler = TaskBatches(ROWS, SIZES, sampling, seed)
             sampler.set_epoch(epoch)
-            return list(sampler)
+            assert all(row // 30 == epoch for batch in sampler for row in batch)
+            return [[row % 30 for row in batch] for batch in sampler]
 
         assert drawn(0, 1) == drawn(0, 1)
         assert drawn(0, 1) != drawn(0, 0) and drawn(0, 1) != drawn(5, 1)
@@ -225,6 +243,18 @@ class TestTaskBatches:
         given = {"rows": ROWS, "sizes": SIZES, "sampling": "balanced", "seed": 0} | settings
         with pytest.raises(ValueError, match=message):
             TaskBatches(**given)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("processes", [1, 2, 3, 4])
+    @pytest.mark.parametrize("sampling", ["proportional", "balanced"])
+    def test_processes_share_all_batches_whole(self, sampling: str, processes: int) -> None:
+        """accelerate's shards: as many batches for each, every row, and none of mixed tasks."""
+        sampler = TaskBatches(ROWS, SIZES, sampling, seed=0)
+        shards = [list(BatchSamplerShard(sampler, processes, place)) for place in range(processes)]
+        assert len({len(shard) for shard in shards}) == 1
+        assert len(shards[0]) == -(-len(sampler) // processes)
+        found = [batch for shard in shards for batch in shard]
+        assert {row for batch in found for row in batch} == set(range(30))
+        assert all(len({row in ROWS["small"] for row in batch}) == 1 for batch in found)
 
     def test_in_order(self) -> None:
         found = in_order(ROWS, 5)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from safetensors.torch import load_file
 
 from fused_route import ROUTES
 from fused_route.training import cli
+from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.build import Built, build
 from fused_route.training.experiment.decoding import Asking, answers
 from fused_route.training.experiment.folder import open_run
-from fused_route.training.experiment.recipe import Recipe
+from fused_route.training.experiment.head import AnswerHead
+from fused_route.training.experiment.recipe import Recipe, TaskRecipe
 from fused_route.training.experiment.run import encode, open_data
 from fused_route.training.experiment.tasks import Rows, open_rows
+from fused_route.training.experiment.trainer import ExperimentTrainer, row_losses
 from fused_route.training.towers import wrap_timm
 
 MAIN = {"roberta": "vqa_accuracy", "gqa": "gqa_accuracy", "gpt2": "caption_cider"}
@@ -80,7 +84,8 @@ def test_from_raw_files_to_scores(
     printed = capsys.readouterr().out
     told = yaml.safe_load(file.read_text())["tasks"]
     tested = [task for task, of in told.items() if "test" in of]
-    scores = json.loads((out / "best" / "scores-test.json").read_text())
+    (found,) = (out / "best").glob("scores-test*.json")
+    scores = json.loads(found.read_text())
     for task in tested:
         main = next(key for key in scores if key.startswith(f"{task}_"))
         assert main in printed
@@ -258,6 +263,108 @@ def test_rows_of_several_tasks(folder: Path) -> None:
         assert all(path.is_file() for path in row["paths"])
     assert len(rows[rows.of("nlvr2")[0]]["paths"]) == 2
     assert len(rows.images()) == len(set(rows.images()))
+
+
+@pytest.mark.parametrize("language", ["roberta", "bart"])
+def test_modules_that_no_file_has_are_trained_and_saved(language: str, folder: Path) -> None:
+    """The head and the projection of images, whether the recipe names them or not."""
+    built = Trained(recipe(folder, language, "lora", "--modules_to_save", "[]")).built
+    names = {key for key, p in built.model.named_parameters() if p.requires_grad}
+    assert any(("classifier" if language == "roberta" else "image_projection") in n for n in names)
+
+
+@pytest.mark.parametrize("language", ["gpt2", "bart"])
+def test_the_loss_on_rows_does_not_depend_on_the_batches(language: str, folder: Path) -> None:
+    told = recipe(folder, language, "lora", "--select", "loss")
+    data = open_data(told)
+    torch.manual_seed(0)
+    built = build(told, data.answers)
+    encode(built, data.images())
+    found = []
+    for size in (3, 8, 50):
+        training = told.training | {"per_device_eval_batch_size": size, "eval_strategy": "no"}
+        arguments = arguments_of(replace(told, training=training), validated=False)
+        trainer = ExperimentTrainer(built, arguments)
+        assert data.validation is not None
+        found.append(trainer.loss_on(data.validation))
+    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+
+
+def test_a_decoder_learns_answers_by_their_weights(folder: Path) -> None:
+    """The weighted loss is that of each row by itself, and is divided for accumulation."""
+    trained = Trained(recipe(folder, "gpt2"))
+    task = TaskRecipe("vqav2", max_length=40)
+    batches = replace(trained.batches, tasks={"caption": task})
+    rows = [
+        {
+            **trained.rows[0],
+            "row": n,
+            "text": "what?",
+            "references": ["red"] * k + ["blue"] * (10 - k),
+        }
+        for n, k in enumerate((1, 3, 10))
+    ]
+    batch = batches.training(rows)
+    assert len(set(batch["weights"].tolist())) > 1
+    model = trained.built.model.eval()
+    expected = 0.0
+    for row, weight in zip(rows, batch["weights"].tolist(), strict=True):
+        alone = batches.training([row])
+        calls = {k: v for k, v in alone.items() if k not in ("name", "weights")}
+        expected += weight * float(model(**calls).loss.detach()) / 3
+    losses, counts = row_losses(model, {k: v for k, v in batch.items() if k != "name"}, "decoder")
+    assert float((losses.sum() / counts.sum()).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_scores_of_several_tasks_are_averaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = recipe(folder, "bart")
+    rows = open_rows(told, "validation", "evaluate")
+    given = {name: {row["id"]: row["answer"] for row in map(dict, samples.rows)}
+             for name, samples in rows.samples.items()}  # fmt: skip
+    given["caption"] = {row["id"]: row["references"][0] for row in rows.samples["caption"].rows}
+    monkeypatch.setattr(ExperimentTrainer, "answered", lambda *_: given)
+    built = Trained(told).built
+    trainer = ExperimentTrainer(built, arguments_of(told, validated=False))
+    _, scores = trainer.scored(rows)
+    assert scores["gqa_accuracy"] == scores["nlvr2_accuracy"] == 1.0
+    main = [scores[f"{n}_accuracy"] for n in ("vqa", "gqa", "nlvr2")]
+    assert scores["score"] == pytest.approx((sum(main) + scores["caption_cider_regex"]) / 4)
+
+
+def test_batches_are_of_the_tasks_own_sizes(folder: Path) -> None:
+    given = ["--tasks.nlvr2.batch_size", "2", "--batch_size", "5", "--data_seed", "3"]
+    told = recipe(folder, "bart", "lora", *given)
+    trained = Trained(told)
+    trainer = ExperimentTrainer(
+        trained.built, arguments_of(told, validated=False), trained.rows, None
+    )
+    loader: Any = trainer.get_train_dataloader()
+    sizes = {batch["name"]: len(batch["input_ids"]) for batch in loader}
+    assert sizes["nlvr2"] == 2 and max(sizes.values()) == 5
+    other = ExperimentTrainer(
+        trained.built,
+        arguments_of(recipe(folder, "bart", "lora", *given[:-1], "4"), validated=False),
+        trained.rows,
+    )
+    order = [list(t.get_train_dataloader().batch_sampler) for t in (trainer, other)]
+    assert order[0] != order[1]
+
+
+def test_the_published_head_reads_the_first_place() -> None:
+    head = AnswerHead(4, 3)
+    states = torch.randn(2, 5, 4)
+    norm = head.layers[1]
+    pooled = torch.tanh(states[:, 0] @ head.pooler_weight.T + head.pooler_bias)
+    wide = head.layers[0](pooled)
+    mean, var = wide.mean(-1, keepdim=True), wide.var(-1, unbiased=False, keepdim=True)
+    assert isinstance(norm, torch.nn.LayerNorm)
+    expected = head.layers[3](torch.nn.functional.gelu((wide - mean) / (var + norm.eps).sqrt()))
+    torch.testing.assert_close(head(states), expected)
+    trained = {name for name, _ in head.named_parameters()}
+    frozen = {name for name, _ in AnswerHead(4, 3, "frozen").named_parameters()}
+    assert trained - frozen == {"pooler_weight", "pooler_bias"}
 
 
 @pytest.mark.parametrize("language", ["roberta"])

@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import torch
 import yaml
 from experiments import save_all, written
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fused_route.training import cli
+from fused_route.training.experiment.folder import alone_in, is_run, write_recipe
+from fused_route.training.experiment.recipe_file import read_recipe
 
 pytestmark = pytest.mark.usefixtures("without_java")
 
@@ -85,6 +89,86 @@ class TestTrain:
             if path.suffix != ".safetensors":
                 assert path.name == "training_args.bin" or path.read_bytes() == content
         assert all(torch.equal(t, tensors[k]) for k, t in load_file(saved).items())
+
+    def test_a_finished_run_keeps_its_scores_and_says_so(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Also early stopped, moved, and started with another cache."""
+        file = written(folder, "roberta", "lora", "finished")
+        given = ["--patience", "1", "--epochs", "9", "--lr", "0"]
+        assert run("train", file, *given) == 0
+        out = folder / "runs" / "roberta-lora-finished"
+        before = (out / "scores.json").read_text()
+        moved = shutil.copytree(out, tmp_path / "moved")
+        capsys.readouterr()
+        for place in (out, moved):
+            assert run("train", file, *given, "--out", place, "--cache", tmp_path / "c") == 0
+            assert "is finished already" in capsys.readouterr().err
+            assert (place / "scores.json").read_text() == before
+            assert len(list(place.glob("checkpoint-*"))) == 2
+
+    def test_a_stopped_run_is_moved_and_goes_on(self, folder: Path, tmp_path: Path) -> None:
+        file = written(folder, "roberta", "lora", "moved")
+        assert run("train", file, "--epochs", "2") == 0
+        out = folder / "runs" / "roberta-lora-moved"
+        moved = shutil.copytree(out, tmp_path / "moved")
+        (moved / "scores.json").unlink()
+        shutil.rmtree(moved / "best")
+        shutil.rmtree(out)
+        assert run("train", file, "--epochs", "2", "--out", moved) == 0
+        assert (moved / "best" / "adapter_model.safetensors").is_file() and not out.exists()
+
+    def test_one_run_at_a_time(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = written(folder, "roberta", "lora", "locked")
+        with alone_in(folder / "runs" / "roberta-lora-locked"):
+            pass
+        shutil.rmtree(folder / "runs" / "roberta-lora-locked")
+        code = (
+            "import sys, time; from pathlib import Path; "
+            "from fused_route.training.experiment.folder import alone_in\n"
+            "with alone_in(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
+        )
+        other = subprocess.Popen(
+            [sys.executable, "-c", code, str(folder / "runs" / "roberta-lora-locked")],
+            stdout=subprocess.PIPE,
+        )
+        assert other.stdout is not None and other.stdout.readline() == b"in\n"
+        (folder / "runs" / "roberta-lora-locked" / ".lock").stat()
+        assert "is going on" in refused(capsys, "train", file)
+        other.kill()
+        other.communicate()
+        assert run("train", file) == 0  # whoever is killed leaves nothing locked
+
+    def test_what_failed_before_its_first_checkpoint_starts_anew(self, folder: Path) -> None:
+        file = written(folder, "roberta", "lora", "anew")
+        out = folder / "runs" / "roberta-lora-anew"
+        write_recipe(read_recipe(file, ["--lr", "1"]), out)
+        assert run("train", file) == 0
+
+    @pytest.mark.parametrize("language", ["roberta", "bart"])
+    def test_a_run_that_diverges_is_an_error(
+        self, language: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = written(folder, language, "lora", "diverged")
+        given = ["--lr", "1e20", "--epochs", "3", "--max_grad_norm", "0"]
+        assert "training diverged" in refused(capsys, "train", file, *given)
+        assert not is_run(folder / "runs" / f"{language}-lora-diverged")
+
+    def test_no_evaluation_saves_the_last(self, folder: Path) -> None:
+        file = written(folder, "roberta", "lora", "no")
+        assert run("train", file, "--eval_strategy", "no", "--save_strategy", "no") == 0
+        out = folder / "runs" / "roberta-lora-no"
+        assert (out / "last").is_dir() and not (out / "best").exists()
+
+    def test_evaluation_and_checkpoints_come_together(self, folder: Path) -> None:
+        for kind in ("eval", "save"):
+            file = written(folder, "roberta", "lora", kind)
+            given = [f"--{kind}_strategy", "steps", f"--{kind}_steps", "2"]
+            assert run("train", file, *given) == 0
+            out = folder / "runs" / f"roberta-lora-{kind}"
+            assert {path.name for path in out.glob("checkpoint-*")} <= {
+                f"checkpoint-{step}" for step in range(2, 20, 2)
+            } | {"checkpoint-5"}
 
     def test_another_recipe_needs_another_folder(
         self, runs: dict[str, Path], folder: Path, capsys: pytest.CaptureFixture[str]
@@ -174,6 +258,22 @@ def no_head(folder: Path, told: dict[str, Any]) -> str:
     return "head"
 
 
+def too_long(folder: Path, told: dict[str, Any]) -> str:
+    told["tasks"]["vqa"]["max_length"] = 500
+    return "has 62 positions"
+
+
+def withheld(folder: Path, told: dict[str, Any]) -> str:
+    told["tasks"]["vqa"]["validation"] = "test-dev"
+    return "'test-dev' has no answers"
+
+
+def no_folder(folder: Path, told: dict[str, Any]) -> str:
+    told["training"]["output_dir"] = str(folder / "file" / "run")
+    (folder / "file").touch()
+    return "file is a file"
+
+
 def no_tracker(folder: Path, told: dict[str, Any]) -> str:
     told["training"]["report_to"] = ["nobody"]
     return "nobody"
@@ -182,7 +282,7 @@ def no_tracker(folder: Path, told: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     "broken",
     [no_root, wrong_root, no_language, no_vision, other_kind, no_target, few_answers,
-     no_validation, no_split, no_head, no_tracker],
+     no_validation, no_split, no_head, too_long, withheld, no_folder, no_tracker],
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["train", "train --dry-run", "encode"])
 def test_what_cannot_be_trained_is_one_line(
@@ -196,7 +296,8 @@ def test_what_cannot_be_trained_is_one_line(
     told = yaml.safe_load(file.read_text())
     message = broken(folder, told)
     file.write_text(yaml.safe_dump(told))
-    if command == "encode" and broken is no_tracker:
+    untried = {"encode": (no_folder, no_tracker), "train --dry-run": (no_folder,)}
+    if broken in untried.get(command, ()):
         pytest.skip("encode trains nothing")
     first, *rest = command.split()
     assert message in refused(capsys, first, file, *rest)
@@ -208,22 +309,24 @@ class TestEval:
         self, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert run("eval", runs["bart"], "--to", tmp_path) == 0
-        vqa = json.loads((tmp_path / "answers-vqa-test.json").read_text())
+        vqa = json.loads((tmp_path / "answers-vqa-test-first12.json").read_text())
         assert {type(x) for row in vqa for x in row.values()} == {int, str}
         assert set(vqa[0]) == {"question_id", "answer"}
-        captions = json.loads((tmp_path / "answers-caption-test.json").read_text())
+        captions = json.loads((tmp_path / "answers-caption-test-first12.json").read_text())
         assert set(captions[0]) == {"image_id", "caption"}
-        rows = list(csv.reader((tmp_path / "answers-nlvr2-test.csv").read_text().splitlines()))
+        rows = list(
+            csv.reader((tmp_path / "answers-nlvr2-test-first12.csv").read_text().splitlines())
+        )
         assert {row[1] for row in rows} <= {"True", "False"} and rows[0][0].startswith("test1-")
-        assert "scores-test.json" in capsys.readouterr().out
+        assert "scores-test-first12.json" in capsys.readouterr().out
 
     def test_one_task_and_split(self, runs: dict[str, Path], tmp_path: Path) -> None:
         given = ["--split", "testdev", "--task", "gqa", "--to", tmp_path]
         assert run("eval", runs["bart"], *given) == 0
-        rows = json.loads((tmp_path / "answers-gqa-testdev.json").read_text())
+        rows = json.loads((tmp_path / "answers-gqa-testdev-gqa-first12.json").read_text())
         assert set(rows[0]) == {"questionId", "prediction"}
         assert sorted(p.name for p in tmp_path.iterdir()) == [
-            "answers-gqa-testdev.json", "scores-testdev.json",
+            "answers-gqa-testdev-gqa-first12.json", "scores-testdev-gqa-first12.json",
         ]  # fmt: skip
 
     def test_a_split_without_answers_is_answered(
@@ -260,7 +363,9 @@ class TestEval:
             (["--tasks.vqa.root", "nowhere"], "nowhere"),
             (["--model.language", "nowhere"], "model.language"),
             (["--rout", "gram"], "--rout is no setting"),
-            (["--rank", "5"], "another adapter"),
+            (["--rank", "5"], "--adapter.r=5: the run was trained with 4"),
+            (["--alpha", "9"], "another function"),
+            (["--visual_tokens", "none"], "another function"),
         ],
     )
     def test_refused(
@@ -314,12 +419,41 @@ class TestPredict:
             shares = [float(line.rpartition("(")[2].rstrip("%)")) for line in lines]
             assert shares == sorted(shares, reverse=True)
 
+    def test_each_task_answers_with_its_own_modules(
+        self, folder: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The adapter of one task is another's, and the answers to that alone change."""
+        file = written(folder, "bart", "lora", "own")
+        given = ["--modules", "per-task", "--lr", "0.1", "--epochs", "3"]
+        assert run("train", file, *given) == 0
+        best = folder / "runs" / "bart-lora-own" / "best"
+
+        def said() -> tuple[str, ...]:
+            capsys.readouterr()
+            image = ["--adapter", best, "--image", picture]
+            assert run("predict", *image, "--question", "what?", "--task", "vqa") == 0
+            assert run("predict", *image, "--question", "what?", "--task", "gqa") == 0
+            assert run("generate", *image) == 0
+            return tuple(capsys.readouterr().out.splitlines())
+
+        before = said()
+        name = "adapter_model.safetensors"
+        other = load_file(best / "gqa" / name)
+        generator = torch.Generator().manual_seed(0)
+        for key, tensor in other.items():
+            other[key] = torch.randn(tensor.shape, generator=generator)
+        save_file(other, best / "caption" / name, metadata={"format": "pt"})
+        after = said()
+        assert after[:2] == before[:2] and after[2] != before[2]
+
     def test_two_images(
         self, runs: dict[str, Path], picture: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         given = ["--task", "nlvr2", "--image", picture, picture, "--question", "both are red"]
         assert run("predict", "--adapter", runs["bart"], *given) == 0
         assert capsys.readouterr().out.strip() in ("true", "false")
+        line = refused(capsys, "predict", "--adapter", runs["bart"], *given[:3], *given[4:])
+        assert "task nlvr2 is about 2, got 1" in line
 
     def test_refused(
         self, runs: dict[str, Path], picture: Path, capsys: pytest.CaptureFixture[str]
@@ -386,7 +520,7 @@ class TestDoctor:
     def test_the_machine(self, capsys: pytest.CaptureFixture[str]) -> None:
         status = run("doctor")
         out = capsys.readouterr().out
-        assert status == 0 and "Python 3." in out and "next: fused-route train" in out
+        assert status == 0 and "Python 3." in out and "next: fused-route doctor" in out
         assert "java is not found" in out  # PATH is empty here
 
     def test_a_recipe(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -401,7 +535,7 @@ class TestDoctor:
         assert run("doctor", file, *given) == 1
         captured = capsys.readouterr()
         assert "does not exist" in captured.out and "without config.json" in captured.out
-        assert "problems" in captured.err
+        assert "to do before training" in captured.err
 
 
 def test_broken_images_are_refused_or_skipped(

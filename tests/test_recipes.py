@@ -8,10 +8,10 @@ import yaml
 from experiments import written
 
 from fused_route import RoutedConfig
+from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.compat import published
 from fused_route.training.experiment.recipe import NAMED, ModelRecipe, Recipe, TaskRecipe
 from fused_route.training.experiment.recipe_file import SHORT, read_recipe, shipped
-from fused_route.training.experiment.run import arguments_of
 
 
 @pytest.fixture
@@ -88,6 +88,23 @@ REFUSED = [
     (["--tasks.gqa.limit", "3"], "is no setting of a recipe"),
     (["--training.lr", "3"], "is no setting of a recipe"),
     (["--augmentation", "crop"], "features_from='tower'"),
+    (["--lr", "abc"], "training.learning_rate must be float, got 'abc'"),
+    (["--lr", "nan"], "training.learning_rate must be"),
+    (["--lr", "null"], "training.learning_rate must be"),
+    (["--lr", "true"], "training.learning_rate must be"),
+    (["--lr", "-1"], "training.learning_rate must be at least"),
+    (["--steps", "2.5"], "training.max_steps must be int"),
+    (["--steps", "0"], "greater than 0"),
+    (["--epochs", "0"], "greater than 0"),
+    (["--epochs", "abc"], "training.num_train_epochs must be"),
+    (["--seed", "abc"], "training.seed must be int"),
+    (["--gradient_accumulation_steps", "0"], "training.gradient_accumulation_steps must be"),
+    (["--batch_size", "0"], "training.per_device_train_batch_size must be at least 1"),
+    (["--max_grad_norm", "x"], "training.max_grad_norm must be"),
+    (["--push_to_hub", "true"], "push the adapter's folder yourself"),
+    (["--resume_from_checkpoint", "x"], "goes on by itself"),
+    (["--label_smoothing_factor", "0.1"], "label_smoothing_factor has no meaning"),
+    (["--dryrun", "true"], "did you mean --dry-run?"),
     (["--kind", "decoder", "--head", "two-layer"], "model.head='two-layer' has no meaning"),
     *([[f"--{name}", "unheard-of"], f"{name} must be one of"] for name in NAMED),
 ]
@@ -104,7 +121,14 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "no yaml": ("model: [", "is no YAML file"),
     "a list": ("- 1\n- 2\n", "holds no mapping"),
     "empty": ("", "holds no mapping"),
-    "no section": ("modell: {}\n", "model.language"),
+    "unknown section": ("modell: {}\n", "did you mean model?"),
+    "no section": ("tasks: {}\n", "model.language"),
+    "a key twice": ("model: {}\nmodel: {}\n", "'model' is there twice, again in line 2"),
+    "a section that is a list": ("model: [1]\n", "must be a mapping"),
+    "an empty section": ("training:\n", "must be a mapping"),
+    "an empty task": ("tasks: {vqa: }\n", "tasks.vqa must be a mapping"),
+    "a task that names no file": ("tasks: {a/b: {}}\n", "letters, digits and _"),
+    "itself": ("a: &a [*a]\n", "is no setting"),
     "binary": (b"\xff\xfe\x00\x00", "is no YAML file"),
 }
 
@@ -156,6 +180,10 @@ class TestCompat:
     def test_none_changes_nothing(self, file: Path) -> None:
         recipe = read_recipe(file)
         assert published(recipe) is recipe
+
+    def test_classifiers_have_the_published_head(self) -> None:
+        told = read_recipe("vqa-roberta-base-lora", ["--compat", "eccv24", "--head", "native"])
+        assert published(told).model.head == "two-layer"
 
     def test_lora(self) -> None:
         recipe = published(read_recipe("coco-gpt2-lora", ["--compat", "eccv24"]))

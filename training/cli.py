@@ -9,7 +9,12 @@ import fused_route
 from fused_route.checks import MOST
 
 DTYPES = ("float32", "float16", "bfloat16")
-OVERRIDES = "settings of the recipe to change: --lr 1e-4, --route gram, --tasks.vqa.root data/vqav2"
+RECIPES = sorted(file.stem for file in Path(__file__).parent.glob("experiment/recipes/*.yaml"))
+OVERRIDES = (
+    "Any setting of the recipe may follow: --route gram, --tasks.vqa.root data/vqav2, or short "
+    "--lr, --epochs, --steps, --batch_size, --rank, --out. Recipes that come with the package: "
+    f"{', '.join(RECIPES)}."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

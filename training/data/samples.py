@@ -191,7 +191,7 @@ def _refuse(
 ) -> None:
     """ValueError where a row cannot be used."""
     root, folder = places
-    other = "or leave out such rows, with broken='skip'"
+    other = "or leave out such rows, with --skip-broken (broken: skip)"
     (unanswered,) = np.nonzero(masks[UNANSWERED])
     if len(unanswered):
         first = rows[int(unanswered[0])]["id"]

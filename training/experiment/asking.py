@@ -11,6 +11,7 @@ from fused_route.training.experiment.build import Built
 from fused_route.training.experiment.decoding import Asking, answers
 from fused_route.training.experiment.folder import open_run
 
+IMAGES = {"nlvr2": 2}  # of a question, where not one
 AT_ONCE = 32  # images that go through the model together
 
 
@@ -33,8 +34,12 @@ def answer(run: Path, images: Sequence[Path], text: str, task: str | None = None
         raise ValueError("question is empty")
     built = open_run(run, features_from="tower")
     name = _task(built, task, captions=False)
+    takes = IMAGES.get(LAYOUTS[built.recipe.tasks[name].layout].task, 1)
+    if len(images) != takes:
+        raise ValueError(f"image: task {name} is about {takes}, got {len(images)} files")
     row = {"id": "0", "row": 0, "name": name, "text": text, "paths": list(images)}
     asking = Asking(built.batches())
+    built.tuned.use(name)
     questions = asking([row])
     if built.recipe.model.kind != "classifier":
         return answers(built.model, asking.batches, questions)
@@ -61,6 +66,7 @@ def captions(
     built = open_run(run, features_from="tower")
     name = _task(built, task, captions=True)
     asking = Asking(built.batches())
+    built.tuned.use(name)
     found: list[str] = []
     for start in range(0, len(images), AT_ONCE):
         rows = [

@@ -1,5 +1,6 @@
 """Rows to what a model's forward takes: texts as tokens, images, and what is trained on."""
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,8 @@ class Batches:
         tokenizer: the language model's.
         images: `CachedImages` or `PixelImages`.
         answers: of a classifier, its answers by number.
-        seed: of what is drawn: answers, and parts of images. What is drawn for a batch depends on
-            it and on which rows are in it alone, so that a resumed run draws the same.
+        seed: of what is drawn: answers, and parts of images. What is drawn for a row depends on it
+            and on the row's index alone, so that a resumed run draws the same.
     """
 
     kind: str
@@ -47,9 +48,8 @@ class Batches:
         "name" is the task's; "weights" (B,) are the scores of sampled answers, for tasks that have
         them.
         """
-        seed = self._seed(rows)
-        made = _MADE[self.kind](self, rows, seed)
-        return {"name": rows[0]["name"], **made, **self.images(rows, seed)}
+        made = _MADE[self.kind](self, rows)
+        return {"name": rows[0]["name"], **made, **self.images(rows, self.seed)}
 
     def prompts(self, rows: Sequence[Row]) -> dict[str, Any]:
         """A batch without answers, padded for generation: a decoder's on the left."""
@@ -65,7 +65,7 @@ class Batches:
     def candidates(self, rows: Sequence[Row], answer: str) -> dict[str, Any]:
         """A batch whose labels are the tokens of the same answer for every row."""
         told = [{**row, "answer": answer, "references": [answer]} for row in rows]
-        batch = _MADE[self.kind](self, told, 0)
+        batch = _MADE[self.kind](self, told)
         batch.pop("weights", None)
         return {**batch, **self.images(rows)}
 
@@ -73,9 +73,6 @@ class Batches:
         """Generated tokens as text."""
         decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.replace("\n", " ").strip() for text in decoded]
-
-    def _seed(self, rows: Sequence[Row]) -> int:
-        return seed_of(self.seed, *(row["row"] for row in rows))
 
     def _tokens(self, texts: list[str], task: TaskRecipe) -> dict[str, Tensor]:
         made = self.tokenizer(
@@ -90,13 +87,13 @@ class Batches:
             return self._ids(text)
         ids = self._ids(text)
         ids = ids if start is None or ids[:1] == [start] else [start, *ids]
-        return ids[: task.max_length - 1]
+        return ids[: max(task.max_length - task.max_new_tokens - 1, 1)]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         return ids
 
-    def _classifier(self, rows: Sequence[Row], seed: int) -> dict[str, Any]:
+    def _classifier(self, rows: Sequence[Row]) -> dict[str, Any]:
         task = self.tasks[rows[0]["name"]]
         batch: dict[str, Any] = self._tokens([task.prompt + row["text"] for row in rows], task)
         labels = torch.zeros(len(rows), len(self.answers))
@@ -106,13 +103,13 @@ class Batches:
                 labels[place, answer] = score
         return {**batch, "labels": labels}
 
-    def _decoder(self, rows: Sequence[Row], seed: int) -> dict[str, Any]:
+    def _decoder(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Prompt, answer and the end of text; labels of the answer and its end."""
         task = self.tasks[rows[0]["name"]]
         if self.compat == "eccv24":
             return self._published(rows, task)
         end = self.tokenizer.eos_token_id
-        answers, weights = self._drawn(rows, seed)
+        answers, weights = self._drawn(rows)
         ids, labels = [], []
         for row, answer in zip(rows, answers, strict=True):
             prompt = self._prompt_of(task.prompt + row["text"], task)
@@ -132,11 +129,12 @@ class Batches:
         padded = torch.tensor([row + [end] * (length - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
         labels = padded.masked_fill(padded == 0, IGNORED)
+        labels[:, 0] = IGNORED
         return {"input_ids": padded, "attention_mask": mask, "labels": labels}
 
-    def _pair(self, rows: Sequence[Row], seed: int) -> dict[str, Any]:
+    def _pair(self, rows: Sequence[Row]) -> dict[str, Any]:
         task = self.tasks[rows[0]["name"]]
-        answers, weights = self._drawn(rows, seed)
+        answers, weights = self._drawn(rows)
         batch: dict[str, Any] = self._tokens([task.prompt + row["text"] for row in rows], task)
         said = self.tokenizer(
             text_target=answers, padding=True, truncation=True, max_length=task.max_new_tokens,
@@ -145,24 +143,23 @@ class Batches:
         labels = said["input_ids"].masked_fill(said["attention_mask"] == 0, IGNORED)
         return {**batch, "labels": labels, **weights}
 
-    def _drawn(self, rows: Sequence[Row], seed: int) -> tuple[list[str], dict[str, Tensor]]:
+    def _drawn(self, rows: Sequence[Row]) -> tuple[list[str], dict[str, Tensor]]:
         """(the answers to train on, their weights)."""
         task = TASKS[LAYOUTS[self.tasks[rows[0]["name"]].layout].task]
         if task.targets == "answer":
             return [row["answer"] for row in rows], {}
-        generator = torch.Generator().manual_seed(seed)
         drawn, weights = [], []
         for row in rows:
             answers = list(dict.fromkeys(map(normalized, row["references"])))
             scores = soft_targets(row["references"], _indexed(answers))
-            weighed = torch.tensor([scores.get(place, 0.0) for place in range(len(answers))])
-            place = int(torch.multinomial(weighed, 1, generator=generator))
+            draw = random.Random(seed_of(self.seed, row["row"]))
+            (place,) = draw.choices(list(scores), list(scores.values()))
             drawn.append(answers[place])
-            weights.append(float(weighed[place]))
+            weights.append(scores[place])
         return drawn, {"weights": torch.tensor(weights)}
 
 
-_MADE: dict[str, Callable[[Batches, Sequence[Row], int], dict[str, Any]]] = {
+_MADE: dict[str, Callable[[Batches, Sequence[Row]], dict[str, Any]]] = {
     "classifier": Batches._classifier,
     "decoder": Batches._decoder,
     "encoder-decoder": Batches._pair,

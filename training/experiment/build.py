@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fused_route import RoutedConfig
 from fused_route.training.encoders import Encoder, encoder_of
 from fused_route.training.experiment.batches import Batches
-from fused_route.training.experiment.compat import embed_twice, published
+from fused_route.training.experiment.compat import draw_published, embed_twice, published
 from fused_route.training.experiment.head import put_head
 from fused_route.training.experiment.images import CachedImages, PixelImages
 from fused_route.training.experiment.pretrained import load_language, load_tower
-from fused_route.training.experiment.recipe import Recipe
+from fused_route.training.experiment.recipe import Recipe, TaskRecipe
 from fused_route.training.experiment.tuning import Tuned, tune
 from fused_route.training.feature_cache import FeatureCache
 from fused_route.training.towers import width_of
@@ -76,7 +76,11 @@ def build(recipe: Recipe, answers: Sequence[str] = ()) -> Built:
     recipe = published(recipe)
     told = recipe.model
     tower, processor = load_tower(told.vision, told.features)
-    language, tokenizer = load_language(told.language, told.kind, len(answers) or None)
+    if told.kind == "classifier" and len(answers) < 2:
+        raise ValueError(f"answers: a classifier chooses among two or more, got {len(answers)}")
+    language, tokenizer, new = load_language(told.language, told.kind, len(answers) or None)
+    for name, task in recipe.tasks.items():
+        check_length(name, task, told.kind, language)
     if told.head == "two-layer":
         put_head(language, len(answers), "frozen" if recipe.compat == "eccv24" else "trained")
     cached = recipe.features_from == "cache"
@@ -90,7 +94,7 @@ def build(recipe: Recipe, answers: Sequence[str] = ()) -> Built:
     )
     if recipe.compat == "eccv24" and told.kind == "classifier" and told.visual_tokens != "none":
         embed_twice(model)
-    config = _fitted(recipe.adapter, model)
+    config = _fitted(recipe.adapter, model, new)
     tuned = tune(
         model,
         config,
@@ -100,13 +104,41 @@ def build(recipe: Recipe, answers: Sequence[str] = ()) -> Built:
         tasks=recipe.tasks,
         impl=recipe.impl,
     )
+    if recipe.compat == "eccv24":
+        draw_published(model)
     encoder = encoder_of(tower, processor, told.features)
     cache = FeatureCache(Path(recipe.cache) / "features", encoder.key) if cached else None
     return Built(recipe, model, tuned, tokenizer, tower, encoder, cache, tuple(answers))
 
 
-def _fitted(adapter: RoutedConfig, model: VisionLanguageModel) -> RoutedConfig:
-    """The configuration with a projector, where the image is of another width than the text."""
+def check_length(name: str, task: TaskRecipe, kind: str, language: PreTrainedModel) -> None:
+    """Refuses texts longer than the language model has positions for.
+
+    Raises:
+        ValueError: more tokens may come than it takes.
+    """
+    config = language.config
+    positions = getattr(config, "n_positions", None) or getattr(
+        config, "max_position_embeddings", None
+    )
+    if not isinstance(positions, int) or config.model_type == "t5":
+        return
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        positions -= 2  # the places of padding
+    longest = max(task.max_length, task.max_new_tokens if kind != "classifier" else 0)
+    if longest > positions:
+        raise ValueError(
+            f"tasks.{name}: max_length={task.max_length} and max_new_tokens={task.max_new_tokens}, "
+            f"but {type(language).__name__} has {positions} positions"
+        )
+
+
+def _fitted(adapter: RoutedConfig, model: VisionLanguageModel, new: Sequence[str]) -> RoutedConfig:
+    """The configuration with what has to train: modules that no file has, and a projector, where
+    the image is of another width than the text."""
+    heads = [*new, *(["image_projection"] if model.image_projection is not None else [])]
+    saved = tuple(dict.fromkeys([*adapter.modules_to_save, *heads]))
+    adapter = replace(adapter, modules_to_save=saved)
     if adapter.visual_width is not None or model.image_projection is not None:
         return adapter
     if adapter.routed_by != "image" or (adapter.route == "none" and model.visual_tokens is None):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from fused_route.training.experiment.build import build
 from fused_route.training.experiment.dry_run import dry_run
 from fused_route.training.experiment.evaluation import evaluate
 from fused_route.training.experiment.folder import adapter_folder
-from fused_route.training.experiment.recipe_file import read_recipe
+from fused_route.training.experiment.recipe_file import read_recipe, shipped
 from fused_route.training.experiment.run import FEW, open_data
 from fused_route.training.experiment.run import train as run_training
 
@@ -29,18 +30,18 @@ COMPARED = 16  # images that --verify encodes again
 def train(recipe: str, overrides: Sequence[str], *, dry: bool) -> int:
     """Trains, or says what it would."""
     told = read_recipe(recipe, overrides)
-    rest = " ".join(overrides)
     if dry:
         print(dry_run(told))
-        print(f"next: fused-route train {recipe} {rest}".rstrip())
+        print(f"next: fused-route {shlex.join(['train', recipe, *overrides])}")
         return 0
     folder = run_training(told)
     if PartialState().is_main_process:
         found = json.loads((folder / "scores.json").read_text())
         _table(found["validation"] or {"train_loss": found["training"]["train_loss"]})
         print(f"adapter: {adapter_folder(folder)}")
-        print(f"curves: tensorboard --logdir {folder}")
-        print(f"next: fused-route eval {folder}")
+        if any(folder.rglob("events.out.tfevents.*")):
+            print(f"curves: tensorboard --logdir {shlex.quote(str(folder))}")
+        print(f"next: fused-route {shlex.join(['eval', str(folder)])}")
     return 0
 
 
@@ -60,7 +61,10 @@ def score(
             print("the split has no answers to score by: send the files to its evaluation server")
         for path in written:
             print(f"written: {path}")
-        print(f'next: fused-route predict --adapter {folder} --image FILE --question "…"')
+        asks = [p for p in written if p.name.startswith("answers-") and "caption" not in p.name]
+        command = shlex.join(["predict" if asks else "generate", "--adapter", str(folder)])
+        question = ' --question "…"' if asks else ""
+        print(f"next: fused-route {command} --image FILE{question}")
     return 0
 
 
@@ -109,7 +113,7 @@ def encode(
         print(f"{done.new} images encoded here, {len(built.cache)} in {built.cache.folder}")
         if verify:
             print(built.cache.verify(built.encoder, images[:COMPARED]))
-        print(f"next: fused-route train {recipe} {' '.join(overrides)}".rstrip())
+        print(f"next: fused-route {shlex.join(['train', recipe, *overrides])}")
     return 0
 
 
@@ -121,9 +125,12 @@ def doctor(recipe: str | None, overrides: Sequence[str]) -> int:
         print(finding)
         problems += finding.state == "problem"
     if problems:
-        print(f"{problems} problems: see above", file=sys.stderr)
+        print("to do before training: what stands after each problem", file=sys.stderr)
         return 1
-    print(f"next: fused-route train {recipe or 'RECIPE'} --dry-run")
+    if recipe is None:
+        print(f"next: fused-route doctor RECIPE, a file or one of {', '.join(shipped())}")
+    else:
+        print(f"next: fused-route {shlex.join(['train', recipe, *overrides, '--dry-run'])}")
     return 0
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from fused_route import RoutedConfig
+from fused_route import RoutedAdapter, RoutedConfig
 from fused_route.training.data.layouts import LAYOUTS
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.vlm import VisionLanguageModel
@@ -16,8 +16,9 @@ def published(recipe: Recipe) -> Recipe:
 
     Segments of a fused projection are routed jointly and the visual features reshaped where they
     should be transposed; biases of the targets and layer norms train; adapters have a residual and
-    are shared by a block in decoders, neither in encoders. What the published code does in the loss
-    and the embedding is in `Batches` and `embed_twice`, its frozen pooler in `AnswerHead`.
+    are shared by a block in decoders, neither in encoders; classifiers have the two-layer head.
+    What the published code does in the loss and the embedding is in `Batches` and `embed_twice`,
+    its frozen pooler in `AnswerHead`, its adapters' first values in `draw_published`.
 
     Raises:
         ValueError: settings that it does not have.
@@ -36,7 +37,9 @@ def published(recipe: Recipe) -> Recipe:
         raise ValueError("compat='eccv24' of a decoder is for captions: no other was published")
     if kind == "decoder" and recipe.model.visual_tokens != "before":
         raise ValueError("compat='eccv24' of a decoder starts from the image: visual_tokens=before")
-    return replace(recipe, adapter=_adapter(recipe.adapter, kind))
+    head = "two-layer" if kind == "classifier" else recipe.model.head
+    model = replace(recipe.model, head=head)
+    return replace(recipe, model=model, adapter=_adapter(recipe.adapter, kind))
 
 
 def _adapter(adapter: RoutedConfig, kind: str) -> RoutedConfig:
@@ -49,6 +52,14 @@ def _adapter(adapter: RoutedConfig, kind: str) -> RoutedConfig:
     decodes = kind == "decoder"
     share = "block" if decodes else "none"
     return replace(adapter, train=train, residual=decodes, share=share, **modes)
+
+
+def draw_published(model: nn.Module) -> None:
+    """Draws both projections of adapters from N(0, 0.02²), where ours start B at zero."""
+    for layer in model.modules():
+        if isinstance(layer, RoutedAdapter):
+            for weight in (layer.A, layer.B):
+                nn.init.normal_(weight, std=0.02)
 
 
 def embed_twice(model: VisionLanguageModel) -> None:

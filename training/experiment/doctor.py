@@ -133,6 +133,8 @@ def _models(recipe: Recipe) -> Iterator[Finding]:
             yield _packaged(told, name)
         elif (Path(name) / "config.json").is_file():
             yield Finding("ok", told)
+        elif name.startswith(("/", ".", "~")) and not Path(name).exists():
+            yield Finding("problem", f"{told} does not exist", "name a model's folder")
         elif Path(name).is_dir():
             yield Finding("problem", f"{told} is a folder without config.json", "name a model's")
         elif _in_hub_cache(name):

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.batches import IGNORED
 from fused_route.training.experiment.build import Built, build, parameters
 from fused_route.training.experiment.images import PixelImages
 from fused_route.training.experiment.recipe import Recipe
-from fused_route.training.experiment.run import arguments_of, open_data, seed
+from fused_route.training.experiment.run import open_data, seed
 
 GIB = 2**30
 SHOWN = 3  # rows of the first batch

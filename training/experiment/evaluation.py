@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fused_route.training.data.layouts import splits_of
+from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.build import Built
 from fused_route.training.experiment.folder import adapter_folder, open_run, write_json
 from fused_route.training.experiment.recipe import Recipe
-from fused_route.training.experiment.run import arguments_of, encode
+from fused_route.training.experiment.run import encode
 from fused_route.training.experiment.tasks import Rows, open_rows
 from fused_route.training.experiment.trainer import ExperimentTrainer
 from fused_route.training.files import atomic_file
@@ -51,6 +52,8 @@ def evaluate(
     names = _tasks(built.recipe, split, tasks)
     rows = open_rows(built.recipe, split, "evaluate", names)
     folder = adapter_folder(run) if out is None else out
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder for answers and scores")
     quiet = {**NOTHING, "output_dir": str(folder)}
     recipe = replace(built.recipe, training=built.recipe.training | quiet)
     arguments = arguments_of(recipe, validated=False)
@@ -62,7 +65,9 @@ def evaluate(
         given = trainer.answered(rows)
     else:
         given, scores = trainer.scored(rows)
-    written = _write(folder, split, rows, given, scores) if arguments.should_save else []
+    limits = {task.limit for task in built.recipe.tasks.values() if task.limit is not None}
+    parts = [split.replace("+", "-"), *(tasks or []), *(f"first{n}" for n in sorted(limits))]
+    written = _write(folder, "-".join(parts), rows, given, scores) if arguments.should_save else []
     return scores, written
 
 
@@ -85,9 +90,8 @@ def _is_withheld(built: Built, name: str, split: str) -> bool:
 
 
 def _write(
-    folder: Path, split: str, rows: Rows, given: Mapping[str, Answers], scores: dict[str, float]
+    folder: Path, label: str, rows: Rows, given: Mapping[str, Answers], scores: dict[str, float]
 ) -> list[Path]:
-    label = split.replace("+", "-")
     written = []
     for name, answers in given.items():
         write = SUBMISSIONS[rows.samples[name].task]

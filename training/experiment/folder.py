@@ -1,22 +1,29 @@
 """The folder of a run: its recipe, checkpoints, the best and the last adapter, scores."""
 
 import json
-from collections.abc import Sequence
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from fused_route.checks import shown
 from fused_route.training.data.answers import read_vocabulary, write_vocabulary
 from fused_route.training.experiment.build import Built, build
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.recipe_file import read_recipe
+from fused_route.training.experiment.yaml_file import read_tree
 from fused_route.training.files import atomic_file
 
 RECIPE, ANSWERS, COMPLETE = "recipe.yaml", "answers.json", "complete"
 LAST, BEST = "last", "best"
+LOCK = ".lock"
 
 
 def save(built: Built, folder: Path) -> None:
@@ -47,7 +54,7 @@ def adapter_folder(run: Path) -> Path:
         ValueError: there is none.
     """
     for folder in (run / BEST, run / LAST, run):
-        if (folder / RECIPE).is_file() and any(folder.rglob("*.safetensors")):
+        if _has_adapter(folder):
             return folder
     raise ValueError(
         f"{run} holds no adapter with a {RECIPE}: give the folder of a run of `fused-route train`"
@@ -58,24 +65,37 @@ def adapter_folder(run: Path) -> Path:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run of `fused-route train`, or of an adapter in one."""
-    return any((place / RECIPE).is_file() for place in (folder, folder / BEST, folder / LAST))
+    return any(_has_adapter(place) for place in (folder / BEST, folder / LAST, folder))
 
 
-def open_run(run: Path, overrides: Sequence[str] = (), *, features_from: str = "cache") -> Built:
+def _has_adapter(folder: Path) -> bool:
+    """Whether a folder is itself one of an adapter, or of an adapter for each task."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("*/adapter_model.safetensors")]
+    of_run = ("checkpoint-", BEST, LAST)
+    own = [f for f in files if f.parent == folder or not f.parent.name.startswith(of_run)]
+    return (folder / RECIPE).is_file() and bool(own)
+
+
+def open_run(
+    run: Path, overrides: Sequence[str] = (), *, features_from: str | None = None
+) -> Built:
     """The trained model of a run.
 
     Args:
         run: its folder, or that of an adapter in it.
         overrides: settings of its recipe, such as where data are now.
-        features_from: as in `Recipe`, for images that are asked about alone.
+        features_from: as in `Recipe`, for images that are asked about alone; None: the recipe's.
 
     Raises:
         ValueError: no run, or an adapter that does not fit its recipe.
     """
     folder = adapter_folder(run)
-    recipe = replace(
-        read_recipe(folder / RECIPE, overrides), features_from=features_from, augmentation="none"
-    )
+    trained, recipe = read_recipe(folder / RECIPE), read_recipe(folder / RECIPE, overrides)
+    _refuse_other_function(trained, recipe)
+    source = recipe.features_from if features_from is None else features_from
+    recipe = replace(recipe, augmentation="none", features_from=source)
+    if recipe.model.kind == "classifier" and not (folder / ANSWERS).is_file():
+        raise ValueError(f"{folder / ANSWERS} is missing: what the classes mean is in it")
     answers = read_vocabulary(folder / ANSWERS) if (folder / ANSWERS).is_file() else []
     built = build(recipe, answers)
     built.tuned.load(folder)
@@ -83,23 +103,89 @@ def open_run(run: Path, overrides: Sequence[str] = (), *, features_from: str = "
     return built
 
 
+def _refuse_other_function(trained: Recipe, told: Recipe) -> None:
+    """ValueError where overrides would make another function of what was trained."""
+    theirs, ours = (flat(yaml.safe_load(r.to_yaml())) for r in (trained, told))
+    for name in theirs:
+        fixed = name.startswith(("model.", "adapter.")) or name in ("method", "modules", "compat")
+        if fixed and theirs[name] != ours.get(name) and not PLACES.fullmatch(name):
+            raise ValueError(
+                f"--{name}={shown(ours.get(name))}: the run was trained with "
+                f"{shown(theirs[name])}, with another it is another function; leave it out"
+            )
+
+
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths to what is there, so that a run can be used from anywhere."""
+
+    def absolute(name: str | None) -> str | None:
+        path = None if name is None else Path(name).expanduser()
+        return name if path is None or not path.exists() else str(path.absolute())
+
+    tasks = {
+        name: replace(
+            task,
+            root=absolute(task.root),
+            images=absolute(task.images),
+            answers=absolute(task.answers),
+        )
+        for name, task in recipe.tasks.items()
+    }
+    vision, language = absolute(recipe.model.vision), absolute(recipe.model.language)
+    assert vision is not None and language is not None
+    model = replace(recipe.model, vision=vision, language=language)
+    cache = str(Path(recipe.cache).expanduser().absolute())
+    return replace(recipe, tasks=tasks, model=model, cache=cache)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """For the time of a block no other run is in a folder.
+
+    Raises:
+        ValueError: one is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"a run is going on in {folder}: wait for it, or name another") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# Settings that may differ when a run goes on: where things are, and what is shown.
+PLACES = re.compile(
+    r"cache|model\.(vision|language)|tasks\.\w+\.(root|images|answers)"
+    r"|training\.(output_dir|disable_tqdm|report_to|logging_steps|dataloader_num_workers)"
+)
+
+
 def check_folder(folder: Path, recipe: Recipe) -> None:
     """Refuses a folder in which something else is than this very run.
 
     Raises:
-        ValueError: other files, or another recipe.
+        ValueError: other files, another recipe, or a folder that cannot be made.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"training.output_dir={str(folder)!r} is a file")
+    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        what = "cannot be written to" if parent.is_dir() else "is a file"
+        raise ValueError(f"training.output_dir={str(folder)!r}: {parent} {what}")
     path = folder / RECIPE
     if not path.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
             raise ValueError(
                 f"training.output_dir={str(folder)!r} holds other files: name a new or empty folder"
             )
         return
-    theirs, ours = (flat(yaml.safe_load(text)) for text in (path.read_text(), recipe.to_yaml()))
+    if last_checkpoint(folder) is None and not is_run(folder):
+        return  # a run that never came to its first checkpoint
+    theirs, ours = flat(read_tree(path)), flat(yaml.safe_load(recipe.to_yaml()))
     different = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
+    different = [name for name in different if not PLACES.fullmatch(name)]
     if different:
         name = different[0]
         raise ValueError(
@@ -120,5 +206,26 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint that was written to its end, or None."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(_complete(folder), key=_step, default=None)
+
+
+def keep_checkpoints(folder: Path, limit: int | None, best: str | None) -> None:
+    """Takes older checkpoints away: the last `limit` stay, and the best, as its name says.
+
+    What is being taken away counts as incomplete first: a run that is killed meanwhile passes it.
+    """
+    complete = sorted(_complete(folder), key=_step)
+    kept = {path.name for path in (complete if limit is None else complete[-limit:])} | {best}
+    for path in complete:
+        if path.name not in kept:
+            (path / COMPLETE).unlink()
+            shutil.rmtree(path)
+
+
+def _complete(folder: Path) -> list[Path]:
+    found = (path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}"))
+    return [path for path in found if path.name.removeprefix("checkpoint-").isdecimal()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))

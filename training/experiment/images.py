@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from fused_route.training.data.images import load_image
+from fused_route.training.experiment.sampling import seed_of
 from fused_route.training.feature_cache import FeatureCache
 
 LEAST_AREA = 0.8  # of an image that a random crop keeps; less often cuts what is asked about
@@ -38,9 +39,13 @@ class PixelImages:
         self.augmentation = augmentation
 
     def __call__(self, rows: Sequence[Row], seed: int | None = None) -> dict[str, Tensor]:
-        """pixel_values (B, n, channels, H, W); augmented where a seed is given, by it alone."""
-        draw = None if seed is None or self.augmentation == "none" else random.Random(seed)
-        pixels = [torch.stack([self._pixels(p, draw) for p in row["paths"]]) for row in rows]
+        """pixel_values (B, n, channels, H, W); augmented by a seed, if given, and row."""
+        pixels = []
+        for row in rows:
+            draw = None
+            if seed is not None and self.augmentation != "none":
+                draw = random.Random(seed_of(seed, row["row"]))
+            pixels.append(torch.stack([self._pixels(path, draw) for path in row["paths"]]))
         return {"pixel_values": torch.stack(pixels)}
 
     def _pixels(self, path: Path, draw: random.Random | None) -> Tensor:

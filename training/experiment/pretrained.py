@@ -61,8 +61,8 @@ def load_tower(name: str, features: str = "pooled") -> tuple[PreTrainedModel, An
 
 def load_language(
     name: str, kind: str, answers: int | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(a language model of `kind`, its tokenizer).
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[str, ...]]:
+    """(a language model of `kind`, its tokenizer, names of its modules that the files lack).
 
     Args:
         answers: of a classifier, how many it chooses among; its loss is the binary cross-entropy
@@ -85,13 +85,17 @@ def load_language(
             "ignore_mismatched_sizes": True,  # a head for other classes is made anew
         }
     load = LANGUAGE_CLASSES[kind].from_pretrained
-    language = _loaded("model.language", name, lambda: load(name, **settings))
+    settings["output_loading_info"] = True
+    language, told = _loaded("model.language", name, lambda: load(name, **settings))
     tokenizer = _loaded("model.language", name, lambda: AutoTokenizer.from_pretrained(name))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if language.config.pad_token_id is None:
         language.config.pad_token_id = tokenizer.pad_token_id
-    return language, tokenizer
+    lacking = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
+    prefix = f"{language.base_model_prefix}."
+    new = dict.fromkeys(key.removeprefix(prefix).partition(".")[0] for key in lacking)
+    return language, tokenizer, tuple(new)
 
 
 def _loaded(argument: str, name: str, load: Callable[[], Any]) -> Any:

@@ -1,6 +1,5 @@
 """Reading a recipe: a YAML file, then what the command line says otherwise."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -8,10 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fused_route import RoutedConfig
+from fused_route.training.experiment.arguments import checked, training_names
 from fused_route.training.experiment.recipe import ModelRecipe, Recipe, TaskRecipe
+from fused_route.training.experiment.yaml_file import near, read_tree
 from fused_route.training.packages import missing
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -42,7 +41,8 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     except ImportError:
         raise missing("jsonargparse") from None
     file = _file(path)
-    names = _settings(_tasks_of(file))
+    tree = read_tree(file)
+    names = _settings(list(tree.get("tasks", {})))
     parser = ArgumentParser(prog="fused-route", exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(Recipe, nested_key=None)
@@ -54,20 +54,16 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe(**{**settings, "training": defaults | settings["training"]})
     except (ArgumentError, ValueError) as error:
         raise ValueError(f"{file}: {_one_line(str(error))}") from None
-    _check_training(recipe, file)
+    try:
+        checked(recipe.training, recipe.model.kind)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     return recipe
 
 
 def shipped() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
-
-
-def training_names() -> frozenset[str]:
-    """Arguments of transformers.TrainingArguments."""
-    from transformers import TrainingArguments
-
-    return frozenset(f.name for f in fields(TrainingArguments))
 
 
 def _file(path: Path | str) -> Path:
@@ -81,18 +77,6 @@ def _file(path: Path | str) -> Path:
         f"recipe {str(path)!r} is no file, and no name of a recipe that comes with the package: "
         f"{', '.join(shipped())}"
     )
-
-
-def _tasks_of(file: Path) -> list[str]:
-    """Names of the tasks in a file, which settings of tasks are told by."""
-    try:
-        written = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{file} is no YAML file: {_one_line(str(error))}") from None
-    if not isinstance(written, dict):
-        raise ValueError(f"{file} holds no mapping: a recipe has model, adapter, tasks, training")
-    tasks = written.get("tasks")
-    return list(tasks) if isinstance(tasks, dict) else []
 
 
 def _settings(tasks: list[str]) -> list[str]:
@@ -126,20 +110,11 @@ def _whole(given: str, names: Sequence[str]) -> str:
         return found[0]
     if found:
         raise ValueError(f"--{given} is one of several: say {', '.join(f'--{n}' for n in found)}")
-    last = {full.rpartition(".")[2]: full for full in names} | dict.fromkeys(SHORT, "")
-    near = difflib.get_close_matches(name.rpartition(".")[2], last, n=1)
-    raise ValueError(
-        f"--{given} is no setting of a recipe" + (f"; did you mean --{near[0]}?" if near else "")
+    known = {*names, *SHORT} if "." in given else {n.rpartition(".")[2] for n in names} | {*SHORT}
+    close = (
+        near(name, known | {"dry_run"}).replace("mean ", "mean --").replace("dry_run", "dry-run")
     )
-
-
-def _check_training(recipe: Recipe, file: Path) -> None:
-    known = training_names()
-    for name in recipe.training:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{file}: training.{name} is no argument of TrainingArguments{hint}")
+    raise ValueError(f"--{given} is no setting of a recipe{close}")
 
 
 def _one_line(text: str) -> str:

@@ -2,11 +2,10 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import (
     EarlyStoppingCallback,
@@ -15,13 +14,16 @@ from transformers import (
     enable_full_determinism,
     set_seed,
 )
-from transformers.integrations import get_reporting_integration_callbacks
 
 from fused_route.training.data.answers import read_vocabulary, vocabulary
+from fused_route.training.data.layouts import splits_of
+from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.build import Built, build
 from fused_route.training.experiment.folder import (
     BEST,
     LAST,
+    alone_in,
+    anchored,
     check_folder,
     last_checkpoint,
     write_json,
@@ -29,7 +31,7 @@ from fused_route.training.experiment.folder import (
 )
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.tasks import Rows, open_rows
-from fused_route.training.experiment.trainer import ExperimentTrainer
+from fused_route.training.experiment.trainer import ExperimentTrainer, refuse_not_finite
 
 SCORES = "scores.json"
 FEW = 1000  # images that are encoded before worker processes have started
@@ -62,9 +64,13 @@ def open_data(recipe: Recipe) -> Data:
     Raises:
         ValueError: data that cannot be used.
     """
-    train = open_rows(recipe, "train", "train")
     names = [name for name, task in recipe.tasks.items() if task.validation is not None]
+    for name, task in recipe.tasks.items():
+        for split in filter(None, (task.train, task.validation)):
+            if any(part.answers == "withheld" for part in splits_of(task.layout, split).values()):
+                raise ValueError(f"tasks.{name}: split {split!r} has no answers to learn or score")
     role = "evaluate" if recipe.select == "score" else "train"
+    train = open_rows(recipe, "train", "train")
     validation = open_rows(recipe, "validation", role, names) if names else None
     return Data(train, validation, answers_of(recipe, train))
 
@@ -87,43 +93,6 @@ def answers_of(recipe: Recipe, train: Rows) -> tuple[str, ...]:
     return tuple(found)
 
 
-def arguments_of(recipe: Recipe, *, validated: bool) -> TrainingArguments:
-    """The Trainer's arguments: the recipe's, and what follows from it where it does not say.
-
-    bf16 where a GPU has it, TensorBoard, the best and the last checkpoint.
-
-    Raises:
-        ValueError: what TrainingArguments refuses.
-    """
-    on_gpu = torch.cuda.is_available()
-    defaults: dict[str, Any] = {
-        "report_to": ["tensorboard"],
-        "remove_unused_columns": False,
-        "logging_steps": 50,
-        "save_strategy": "epoch",
-        "save_total_limit": 2,
-        "dataloader_pin_memory": on_gpu,
-        "ddp_find_unused_parameters": recipe.modules == "per-task",
-        "bf16": on_gpu and torch.cuda.is_bf16_supported() and not recipe.training.get("fp16"),
-    }
-    told = {**defaults, **recipe.training}
-    if validated:
-        told.setdefault("eval_strategy", told["save_strategy"])
-        for kind in ("eval", "save"):
-            if told[f"{kind}_strategy"] == "steps":
-                told.setdefault(f"{kind}_steps", told.get("eval_steps", told.get("save_steps")))
-        told.setdefault("load_best_model_at_end", True)
-        told.setdefault("metric_for_best_model", f"eval_{recipe.select}")
-        told.setdefault("greater_is_better", recipe.select == "score")
-    try:
-        arguments = TrainingArguments(**told)
-        for tracker in get_reporting_integration_callbacks(arguments.report_to):
-            tracker()  # says so where its package is missing
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise ValueError(f"training: {' '.join(str(error).split())}") from None
-    return arguments
-
-
 def train(recipe: Recipe) -> Path:
     """Trains a recipe, or goes on where a run of it stopped; returns the folder of the run.
 
@@ -134,14 +103,27 @@ def train(recipe: Recipe) -> Path:
     Raises:
         ValueError: data, models or settings that cannot be used, or a folder with another run.
     """
+    recipe = anchored(recipe)
     folder = Path(recipe.training["output_dir"])
     check_folder(folder, recipe)
+    if (folder / SCORES).is_file():
+        print(f"{folder} is finished already: for another run name another --out", file=sys.stderr)
+        return folder
     validated = any(task.validation is not None for task in recipe.tasks.values())
     arguments = arguments_of(recipe, validated=validated)
     seed(arguments)
     data = open_data(recipe)
     built = build(recipe, data.answers)
     encode(built, data.images())
+    lock = alone_in(folder) if arguments.should_save else nullcontext()
+    with lock:
+        _run(recipe, arguments, data, built, folder)
+    return folder
+
+
+def _run(
+    recipe: Recipe, arguments: TrainingArguments, data: Data, built: Built, folder: Path
+) -> None:
     if arguments.should_save:
         write_recipe(recipe, folder)
     trainer = ExperimentTrainer(built, arguments, data.train, data.validation, _callbacks(recipe))
@@ -150,12 +132,16 @@ def train(recipe: Recipe) -> Path:
         print(f"resuming from {checkpoint}", file=sys.stderr)
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _finish(trainer, folder, done.metrics)
-    return folder
 
 
 def _finish(trainer: ExperimentTrainer, folder: Path, metrics: dict[str, float]) -> None:
-    """The best and the last adapter, and the scores that the best had."""
-    chosen = trainer.args.load_best_model_at_end
+    """The best and the last adapter, and the scores that the best had.
+
+    Raises:
+        ValueError: weights that are not finite.
+    """
+    refuse_not_finite(trainer.built.model)
+    chosen = trainer.state.best_model_checkpoint is not None
     step = trainer.state.best_global_step if chosen else trainer.state.global_step
     logged = [log for log in trainer.state.log_history if log["step"] == step]
     metrics_of = {name: value for log in logged for name, value in log.items()}

@@ -14,6 +14,9 @@ from fused_route.training.experiment.recipe import SAMPLING
 class TaskBatches(Sampler[list[int]]):
     """Batches of one task each, the tasks' order drawn anew in every epoch.
 
+    An index is that of the row, and of the epoch: row + epoch · number of rows. What is drawn for a
+    row may then differ from epoch to epoch (see `Rows`).
+
     Args:
         rows: the row numbers of each task.
         sizes: rows in a batch of each task.
@@ -33,7 +36,8 @@ class TaskBatches(Sampler[list[int]]):
             whole(f"tasks.{name}.batch_size", size)
         self.rows, self.sizes = dict(rows), dict(sizes)
         self.sampling, self.seed, self.epoch = sampling, seed, 0
-        self.batch_size = max(sizes.values())  # accelerate asks; batches are not of one size
+        # accelerate then takes batches as they come; told a size, it drops those of another
+        self.batch_size = None
         self.drop_last = False
 
     def set_epoch(self, epoch: int) -> None:
@@ -53,7 +57,8 @@ class TaskBatches(Sampler[list[int]]):
             stream = self._stream(name, generator)
             batches += [next(stream) for _ in range(wanted)]
         order = torch.randperm(len(batches), generator=generator).tolist()
-        return iter([batches[place] for place in order])
+        first = self.epoch * sum(len(rows) for rows in self.rows.values())
+        return iter([[first + row for row in batches[place]] for place in order])
 
     def _count(self, name: str) -> int:
         return -(-len(self.rows[name]) // self.sizes[name])

@@ -92,8 +92,9 @@ TASKS = {
 class Rows(Dataset[dict[str, Any]]):
     """The rows of several tasks, one after the other.
 
-    A row is that of `Samples`, with "name" (the task's in the recipe), "row" (its index here) and
-    "paths" (files of its images).
+    A row is that of `Samples`, with "name" (the task's in the recipe), "row" (the index that it was
+    asked for by) and "paths" (files of its images). Indices go on behind the last: in another epoch
+    the same rows have others.
 
     Attributes:
         samples: by the task's name.
@@ -108,10 +109,11 @@ class Rows(Dataset[dict[str, Any]]):
         return self.starts[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = bisect.bisect_right(self.starts, index) - 1
+        number = index % len(self)
+        place = bisect.bisect_right(self.starts, number) - 1
         name = list(self.samples)[place]
         samples = self.samples[name]
-        row: dict[str, Any] = samples.rows[index - self.starts[place]]
+        row: dict[str, Any] = samples.rows[number - self.starts[place]]
         paths = [samples.path(image) for image in row["images"]]
         return {**row, "name": name, "row": index, "paths": paths}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,7 +19,7 @@ from fused_route.training.data.layouts import LAYOUTS
 from fused_route.training.experiment.batches import IGNORED, Batches
 from fused_route.training.experiment.build import Built
 from fused_route.training.experiment.decoding import Asking, Questions, answers, token_losses
-from fused_route.training.experiment.folder import COMPLETE, LAST, save
+from fused_route.training.experiment.folder import COMPLETE, LAST, keep_checkpoints, save
 from fused_route.training.experiment.sampling import TaskBatches, in_order
 from fused_route.training.experiment.sharded import gathered
 from fused_route.training.experiment.tasks import TASKS, Rows
@@ -53,7 +54,7 @@ class ExperimentTrainer(Trainer):
             data_collator=augmented.training,
             train_dataset=train,
             eval_dataset=validation,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), _BestIsHere(), _Diverged()],
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -97,15 +98,13 @@ class ExperimentTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The model's own; with weights, Σ_i weight_i · (mean of row i's token losses) / B."""
-        weights = inputs.pop("weights", None)
-        if weights is None:
+        if "weights" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs)
-        is_pair = self.built.recipe.model.kind == "encoder-decoder"
-        loss = weighted_loss(outputs.logits, inputs["labels"], weights, is_pair)
+        losses, _ = row_losses(model, inputs, self.built.recipe.model.kind)
+        loss = losses.mean()
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             loss = loss / self.current_gradient_accumulation_steps  # which the Trainer left to it
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def evaluate(
         self,
@@ -147,7 +146,7 @@ class ExperimentTrainer(Trainer):
         model, device = self.built.model.eval(), self.args.device
         found: list[tuple[str, str, str]] = []
         generation = {"synced_gpus": True} if self.is_fsdp_enabled else {}
-        for questions in self._shared(rows, Asking(self.asking), "answering"):
+        for _, questions in self._shared(rows, Asking(self.asking), "answering"):
             self.built.tuned.use(questions.name)
             inputs = [
                 {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
@@ -164,24 +163,35 @@ class ExperimentTrainer(Trainer):
 
     @torch.no_grad()
     def loss_on(self, rows: Rows) -> float:
-        """The training loss on rows of the role "train", mean over their batches."""
-        model, losses = self.built.model.eval(), []
-        for inputs in self._shared(rows, self.asking.training, "validating"):
+        """The loss on rows of the role "train", whatever the batches: mean over tokens, over rows
+        where answers have weights or are classes, and over the tasks."""
+        model = self.built.model.eval()
+        found: list[tuple[int, str, float, int]] = []
+        for number, inputs in self._shared(rows, self.asking.training, "validating"):
             inputs = self._prepare_inputs(inputs)
-            self.built.tuned.use(inputs.pop("name"))
+            name = inputs.pop("name")
+            self.built.tuned.use(name)
             with self.compute_loss_context_manager():
-                losses.append(float(self.compute_loss(model, inputs)))
-        gathered = gather_object(losses)
-        return sum(gathered) / len(gathered)
+                losses, counts = row_losses(model, inputs, self.built.recipe.model.kind)
+            found.append((number, name, float(losses.sum()), int(counts.sum())))
+        every = {number: rest for number, *rest in gather_object(found)}.values()
+        means = [
+            sum(loss for of, loss, _ in every if of == name)
+            / sum(count for of, _, count in every if of == name)
+            for name in rows.samples
+        ]
+        return sum(means) / len(means)
 
-    def _shared(self, rows: Rows, collate: Any, doing: str) -> Iterator[Any]:
-        """Batches of rows for this process, as many as for any other: the first come again."""
+    def _shared(self, rows: Rows, collate: Any, doing: str) -> Iterator[tuple[int, Any]]:
+        """(number, batch) for this process, as many as for any other: the first come again."""
         batches = in_order({n: rows.of(n) for n in rows.samples}, self.args.eval_batch_size)
         rank, world = self.args.process_index, self.args.world_size
         even = list(islice(cycle(batches), -(-len(batches) // world) * world))
         loader = self._loader(rows, even[rank::world], collate)
         silent = rank != 0 or self.args.disable_tqdm
-        return iter(tqdm(loader, desc=doing, unit="batch", leave=False, disable=silent))
+        numbers = islice(cycle(range(len(batches))), rank, None, world)
+        bar = tqdm(loader, desc=doing, unit="batch", leave=False, disable=silent)
+        return zip(numbers, bar, strict=False)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What is trained, whole where it is sharded."""
@@ -196,9 +206,17 @@ class ExperimentTrainer(Trainer):
             save(self.built, folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        """transformers' own, older checkpoints taken away when this one is complete, not before."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         if self.args.should_save:
-            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            folder = Path(self.args.output_dir)
+            (folder / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            best = self.state.best_model_checkpoint
+            keep_checkpoints(folder, limit, None if best is None else Path(best).name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with gathered(self.model):
@@ -208,6 +226,35 @@ class ExperimentTrainer(Trainer):
         """Keeps the last before it."""
         self.save_model(str(Path(self.args.output_dir) / LAST))
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def refuse_not_finite(model: Any) -> None:
+    """ValueError where what is trained is not finite, which no further step mends."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise ValueError(
+                f"training diverged: {name} is not finite; lower training.learning_rate, or set "
+                "adapter.normalize to unit"
+            )
+
+
+class _BestIsHere(TrainerCallback):
+    """Finds the best checkpoint of a resumed run in the run's folder, which may have been moved."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Its step is known; its path is that of another time."""
+        if state.best_global_step:
+            best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+
+class _Diverged(TrainerCallback):
+    """Stops a run whose gradients are not finite, when it says so."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+        """At every line of numbers."""
+        if not math.isfinite(told.get("logs", {}).get("grad_norm", 0.0)):
+            refuse_not_finite(told["model"])
 
 
 class _EpochOf(TrainerCallback):
@@ -221,16 +268,21 @@ class _EpochOf(TrainerCallback):
         self.sampler.set_epoch(math.floor((state.epoch or 0.0) + 1e-6))
 
 
-def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, is_pair: bool) -> Tensor:
-    """Σ_i weight_i · (mean over tokens of −log p of row i's labels) / B.
+def row_losses(model: Any, inputs: dict[str, Any], kind: str) -> tuple[Tensor, Tensor]:
+    """(losses, counts) of rows, (B,) each; their sums' quotient is the loss of all of them.
 
-    Args:
-        logits, labels: (B, T, vocabulary), (B, T); a decoder's are shifted here.
-        weights: (B,).
-        is_pair: whether they come from an encoder-decoder, whose labels are in place.
+    Of a classifier the mean over its answers; of texts the sum over tokens and their number; with
+    weights the weighted mean of a row's tokens.
     """
-    logits = logits.float()
-    if not is_pair:
+    weights = inputs.pop("weights", None)
+    logits, labels = model(**inputs).logits.float(), inputs["labels"]
+    ones = torch.ones(len(labels), device=labels.device)
+    if kind == "classifier":
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return losses.mean(1), ones
+    if kind == "decoder":  # its labels are those of the place before
         logits, labels = logits[:, :-1], labels[:, 1:]
-    counts = labels.ne(IGNORED).sum(1).clamp(min=1)
-    return (weights * token_losses(logits, labels).sum(1) / counts).mean()
+    losses, counts = token_losses(logits, labels).sum(1), labels.ne(IGNORED).sum(1)
+    if weights is None:
+        return losses, counts
+    return weights * losses / counts.clamp(min=1), ones
