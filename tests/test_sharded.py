@@ -15,7 +15,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     tuned_model(seed=2)[1].save(folder / "other")
     script = TESTS / "sharded_script.py"
-    launched("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541",
+    launched("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
              script, folder)  # fmt: skip
     return folder
 
