@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import official_layouts
+import pytest
 import yaml
 from model_folders import save_models
 
+from fused_route.training import cli
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.recipe_file import read_recipe
 
@@ -121,3 +123,16 @@ def written(folder: Path, language: str, host: str = "lora", name: str = "recipe
 def recipe(folder: Path, language: str, host: str = "lora", *overrides: str) -> Recipe:
     """The recipe of `written`, with overrides."""
     return read_recipe(written(folder, language, host), overrides)
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line with which a command ends with status 2."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("fused-route: error")]
+    assert len(lines) == 1
+    return lines[0]

@@ -242,15 +242,20 @@ def test_published_settings_reach_the_model(folder: Path) -> None:
     given = ["--compat", "eccv24", "--head", "two-layer"]
     built = Trained(recipe(folder, "roberta", "lora", *given)).built
     names = {k for k, p in built.model.named_parameters() if p.requires_grad}
+    adapted = Trained(recipe(folder, "roberta", "adapter", "--compat", "eccv24")).built.model
+    drawn = [p for k, p in adapted.named_parameters() if k.endswith((".A", ".B"))]
+    assert all(float(p.detach().std()) == pytest.approx(0.02, rel=0.5) for p in drawn) and drawn
     assert any("LayerNorm" in name for name in names)
     assert any(name.endswith("query.base.bias") for name in names)
     assert not any("pooler" in name for name in names)
-    calls: list[int] = []
-    embeddings = built.model.language.roberta.embeddings
-    embeddings.register_forward_hook(lambda *_: calls.append(1))
     batch = Trained(recipe(folder, "roberta")).batch("vqa")
-    built.model(**batch)
-    assert len(calls) == 2  # published code embeds the text twice
+    other = Trained(recipe(folder, "roberta", "lora", *given, "--visual_tokens", "none")).built
+    for model, times in ((built.model, 2), (other.model, 1)):  # twice beside an image
+        calls: list[int] = []
+        embeddings: Any = model.language.roberta.embeddings
+        embeddings.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model(**batch)
+        assert len(calls) == times
 
 
 def test_rows_of_several_tasks(folder: Path) -> None:
@@ -348,7 +353,8 @@ def test_batches_are_of_the_tasks_own_sizes(folder: Path) -> None:
         arguments_of(recipe(folder, "bart", "lora", *given[:-1], "4"), validated=False),
         trained.rows,
     )
-    order = [list(t.get_train_dataloader().batch_sampler) for t in (trainer, other)]
+    loaders: list[Any] = [t.get_train_dataloader() for t in (trainer, other)]
+    order = [list(loader.batch_sampler) for loader in loaders]
     assert order[0] != order[1]
 
 

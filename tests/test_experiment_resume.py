@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from fused_route.training import cli
 from fused_route.training.experiment.folder import last_checkpoint
+from fused_route.training.experiment.trainer import ExperimentTrainer
 
 pytestmark = pytest.mark.usefixtures("without_java")
 
@@ -95,6 +97,7 @@ def test_a_half_written_checkpoint_is_passed_by(folder: Path) -> None:
     assert cli.main(["train", str(path)]) == 0
     finished, checkpoint = tensors(out / "last"), last_checkpoint(out)
     assert checkpoint is not None
+    (out / "scores.json").unlink()
     half = out / "checkpoint-999"
     half.mkdir()
     (half / "adapter_model.safetensors").write_bytes(b"half")
@@ -102,6 +105,46 @@ def test_a_half_written_checkpoint_is_passed_by(folder: Path) -> None:
     assert cli.main(["train", str(path)]) == 0
     for name, tensor in tensors(out / "last").items():
         assert torch.equal(tensor, finished[name])
+
+
+def test_a_damaged_checkpoint_is_passed_by_too(folder: Path) -> None:
+    """What a full disk leaves behind: the one before it counts, and the end is the same."""
+    path, out = file(folder, "roberta", "damaged")
+    assert cli.main(["train", str(path)]) == 0
+    finished, checkpoint = tensors(out / "last"), last_checkpoint(out)
+    assert checkpoint is not None
+    (out / "scores.json").unlink()
+    for name, content in (("optimizer.pt", b""), ("trainer_state.json", b'{"epoch": 1')):
+        kept = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content)
+        before = last_checkpoint(out)
+        assert before is not None and before != checkpoint
+        (checkpoint / name).write_bytes(kept)
+    (checkpoint / "optimizer.pt").write_bytes(b"")
+    assert cli.main(["train", str(path)]) == 0
+    for name, tensor in tensors(out / "last").items():
+        assert torch.equal(tensor, finished[name])
+
+
+def test_early_stopping_goes_on_counting(folder: Path) -> None:
+    """A run that is stopped after its second evaluation ends where one left alone does."""
+    given = ["--patience", "2", "--epochs", "9", "--lr", "0"]
+    whole, left_alone = file(folder, "roberta", "patient")
+    assert cli.main(["train", str(whole), *given]) == 0
+    stopped, again = file(folder, "roberta", "patient-again")
+    with pytest.MonkeyPatch.context() as patch:
+        save = ExperimentTrainer._save_checkpoint
+
+        def save_and_stop(self: ExperimentTrainer, *args: Any) -> None:
+            save(self, *args)
+            if self.state.global_step == 10:
+                raise KeyboardInterrupt
+
+        patch.setattr(ExperimentTrainer, "_save_checkpoint", save_and_stop)
+        assert cli.main(["train", str(stopped), *given]) == 130
+    assert cli.main(["train", str(stopped), *given]) == 0
+    steps = [last_checkpoint(run) for run in (left_alone, again)]
+    assert steps[0] is not None and steps[1] is not None and steps[0].name == steps[1].name
 
 
 def test_the_same_seed_trains_the_same(folder: Path) -> None:

@@ -75,29 +75,17 @@ def build(recipe: Recipe, answers: Sequence[str] = ()) -> Built:
     """
     recipe = published(recipe)
     told = recipe.model
-    tower, processor = load_tower(told.vision, told.features)
     if told.kind == "classifier" and len(answers) < 2:
         raise ValueError(f"answers: a classifier chooses among two or more, got {len(answers)}")
+    tower, processor = load_tower(told.vision, told.features)
     language, tokenizer, new = load_language(told.language, told.kind, len(answers) or None)
     for name, task in recipe.tasks.items():
         check_length(name, task, told.kind, language)
-    if told.head == "two-layer":
-        put_head(language, len(answers), "frozen" if recipe.compat == "eccv24" else "trained")
     cached = recipe.features_from == "cache"
-    model = VisionLanguageModel.from_parts(
-        None if cached else tower,
-        language,
-        visual_width=width_of(tower, told.features),
-        features=told.features,
-        projection=told.projection,
-        visual_tokens=told.visual_tokens,
-    )
-    if recipe.compat == "eccv24" and told.kind == "classifier" and told.visual_tokens != "none":
-        embed_twice(model)
-    config = _fitted(recipe.adapter, model, new)
+    model = _model(recipe, tower, language, len(answers))
     tuned = tune(
         model,
-        config,
+        _fitted(recipe.adapter, model, new),
         method=recipe.method,
         heads=recipe.heads,
         modules=recipe.modules,
@@ -109,6 +97,26 @@ def build(recipe: Recipe, answers: Sequence[str] = ()) -> Built:
     encoder = encoder_of(tower, processor, told.features)
     cache = FeatureCache(Path(recipe.cache) / "features", encoder.key) if cached else None
     return Built(recipe, model, tuned, tokenizer, tower, encoder, cache, tuple(answers))
+
+
+def _model(
+    recipe: Recipe, tower: PreTrainedModel, language: PreTrainedModel, answers: int
+) -> VisionLanguageModel:
+    """Both parts as one, nothing adapted yet; without the tower where features are cached."""
+    told, is_published = recipe.model, recipe.compat == "eccv24"
+    if told.head == "two-layer":
+        put_head(language, answers, "frozen" if is_published else "trained")
+    model = VisionLanguageModel.from_parts(
+        None if recipe.features_from == "cache" else tower,
+        language,
+        visual_width=width_of(tower, told.features),
+        features=told.features,
+        projection=told.projection,
+        visual_tokens=told.visual_tokens,
+    )
+    if is_published and told.kind == "classifier" and told.visual_tokens != "none":
+        embed_twice(model)
+    return model
 
 
 def check_length(name: str, task: TaskRecipe, kind: str, language: PreTrainedModel) -> None:

@@ -11,7 +11,7 @@ from fused_route.training.experiment.batches import IGNORED
 from fused_route.training.experiment.build import Built, build, parameters
 from fused_route.training.experiment.images import PixelImages
 from fused_route.training.experiment.recipe import Recipe
-from fused_route.training.experiment.run import open_data, seed
+from fused_route.training.experiment.run import Data, open_data, seed
 
 GIB = 2**30
 SHOWN = 3  # rows of the first batch
@@ -39,26 +39,28 @@ def dry_run(recipe: Recipe) -> str:
         parts.append(f"features: {missing} of {len(images)} images are not encoded yet")
     trainable, total = parameters(built.model)
     parts.append(f"parameters: {trainable:,} trainable of {total:,} ({trainable / total:.2%})")
-    name = next(iter(rows))
-    size = recipe.tasks[name].batch_size or arguments.per_device_train_batch_size
-    batch = _batch(built, data, min(size, rows[name]))
-    parts += [_memory(built, data, size), f"first batch of {name}:", *_shapes(batch)]
-    return "\n".join([*parts, *_texts(built, batch)])
+    for name, count in rows.items():
+        size = recipe.tasks[name].batch_size or arguments.per_device_train_batch_size
+        batch = _batch(built, data, name, min(size, count))
+        parts += [f"first batch of {name}:", _memory(built, data, name, size), *_shapes(batch)]
+        parts += _texts(built, batch)
+    return "\n".join(parts)
 
 
 def _counts(rows: dict[str, int]) -> str:
     return "training rows: " + ", ".join(f"{name} {count:,}" for name, count in rows.items())
 
 
-def _batch(built: Built, data: Any, size: int) -> dict[str, Any]:
+def _batch(built: Built, data: Data, name: str, size: int) -> dict[str, Any]:
     """The first rows, with pixels: nothing need be encoded for it."""
     batches = replace(built.batches(), images=PixelImages(built.encoder.preprocess))
-    return batches.training([data.train[place] for place in range(size)])
+    return batches.training([data.train[place] for place in data.train.of(name)[:size]])
 
 
-def _memory(built: Built, data: Any, size: int) -> str:
+def _memory(built: Built, data: Data, name: str, size: int) -> str:
     """Estimated, not measured: weights, and what a forward of two rows keeps, times the batch."""
-    batch = _batch(built, data, min(FOR_ESTIMATE, len(data.train)))
+    built.tuned.use(name)
+    batch = _batch(built, data, name, FOR_ESTIMATE)
     count = len(batch["labels"])
     inputs = {k: v for k, v in batch.items() if k not in ("name", "weights")}
     with torch.no_grad():
@@ -83,7 +85,7 @@ def _memory(built: Built, data: Any, size: int) -> str:
     states = trained * 3 * 4  # gradient and Adam's two moments, fp32
     total = weights + states + activations
     return (
-        f"memory, estimated for {size} rows in fp32: {total / GIB:.2f} GiB ({weights / GIB:.2f} "
+        f"  memory, estimated for {size} rows in fp32: {total / GIB:.2f} GiB ({weights / GIB:.2f} "
         f"weights, {states / GIB:.2f} gradients and Adam, {activations / GIB:.2f} activations)"
     )
 

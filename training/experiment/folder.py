@@ -224,7 +224,18 @@ def keep_checkpoints(folder: Path, limit: int | None, best: str | None) -> None:
 
 def _complete(folder: Path) -> list[Path]:
     found = (path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}"))
-    return [path for path in found if path.name.removeprefix("checkpoint-").isdecimal()]
+    numbered = (path for path in found if path.name.removeprefix("checkpoint-").isdecimal())
+    return [path for path in numbered if _is_whole(path)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether nothing of it is empty, as after a full disk, or without its end."""
+    files = [path for path in checkpoint.iterdir() if path.is_file() and path.name != COMPLETE]
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return all(path.stat().st_size for path in files)
 
 
 def _step(checkpoint: Path) -> int:
