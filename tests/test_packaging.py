@@ -291,9 +291,9 @@ BASELINES = {"baselines", "cross_attention"}
 TRAINING_LAYERS = {  # of training/: what a folder, or a group of files, may import beside itself
     ("metrics",): {"packages"},
     ("data",): {"metrics", *ALONE},
-    tuple(MODELS): ALONE,
-    tuple(FEATURES): {"towers", "data", *ALONE},
-    tuple(BASELINES): ALONE,
+    tuple(sorted(MODELS)): ALONE,
+    tuple(sorted(FEATURES)): {"towers", "data", *ALONE},
+    tuple(sorted(BASELINES)): ALONE,
     ("demo",): {"data", *FEATURES, *ALONE},
     ("experiment",): {"data", "metrics", "demo", *MODELS, *FEATURES, *BASELINES, *ALONE},
     ("cli", "__main__"): {"experiment", "demo"},

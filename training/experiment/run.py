@@ -150,6 +150,9 @@ def _finish(trainer: ExperimentTrainer, folder: Path, metrics: dict[str, float])
         for name, value in metrics_of.items()
         if name.startswith("eval_") and name != "eval_runtime"
     }
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    if losses:  # of all steps: the Trainer's own forgets those before a resume
+        metrics = {**metrics, "train_loss": sum(losses) / len(losses)}
     trainer.save_model(str(folder / (BEST if chosen else LAST)))
     if trainer.args.should_save:
         write_json(folder / SCORES, {"validation": scores, "training": metrics})
