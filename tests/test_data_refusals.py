@@ -97,12 +97,12 @@ DAMAGES: dict[tuple[str, str], list[tuple[Damage, str]]] = {
         ),
         (
             instead(A, '"question_id": 9001', '"question_id": 5'),
-            "{root} has no answer to 1 of 16 rows of train, the first is 9001: .* broken='skip'",
+            "{root} has no answer to 1 of 16 rows of train, the first is 9001: .* --skip-broken",
         ),
         (
             away(SECOND),
             f"{{root}}/{SECOND} does not exist, 1 image is missing: unpack train2014.zip in "
-            "{root}, or leave out such rows, with broken='skip'",
+            "{root}, or leave out such rows, with --skip-broken",
         ),
         (
             away("train2014"),
