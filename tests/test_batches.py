@@ -77,6 +77,14 @@ class TestDecoder:
         assert batch["input_ids"][0, 0] == start and batch["labels"][0, 0] == IGNORED
         assert batch["labels"][0, 1] == batch["input_ids"][0, 1]  # the first word has a label
 
+    def test_a_tokenizer_without_a_beginning_starts_from_the_end(self) -> None:
+        made = batches("decoder", "gpt2")
+        made.tokenizer.bos_token = None
+        batch = made.training([row(name="caption", text="", answer="a red circle")])
+        assert batch["input_ids"][0, 0] == made.tokenizer.eos_token_id
+        assert batch["labels"][0, 1] == batch["input_ids"][0, 1]
+        assert made.prompts([row(name="caption", text="")])["input_ids"].shape == (1, 1)
+
     def test_a_long_caption_keeps_its_end(self) -> None:
         made = batches("decoder", "gpt2")
         batch = made.training([row(name="caption", text="", answer="circle " * 40)])

@@ -220,6 +220,8 @@ class TestGenerate:
     ) -> None:
         line = refused(capsys, "generate", "--adapter", runs["roberta"], "--image", picture)
         assert "none of captions" in line
+        given = ["--adapter", runs["gpt2"], "--image", picture, "--tokens", "5000"]
+        assert "has 64 positions" in refused(capsys, "generate", *given)
         with pytest.raises(SystemExit):
             run("generate", "--adapter", runs["gpt2"], "--image", picture, "--beams", "0")
         assert "at least 1" in capsys.readouterr().err

@@ -105,6 +105,7 @@ REFUSED = [
     (["--resume_from_checkpoint", "x"], "goes on by itself"),
     (["--label_smoothing_factor", "0.1"], "label_smoothing_factor has no meaning"),
     (["--dryrun", "true"], "did you mean --dry-run?"),
+    (["--out", "null"], "training.output_dir must be given"),
     (["--kind", "decoder", "--head", "two-layer"], "model.head='two-layer' has no meaning"),
     *([[f"--{name}", "unheard-of"], f"{name} must be one of"] for name in NAMED),
 ]
@@ -128,6 +129,8 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "an empty section": ("training:\n", "must be a mapping"),
     "an empty task": ("tasks: {vqa: }\n", "tasks.vqa must be a mapping"),
     "a task that names no file": ("tasks: {a/b: {}}\n", "letters, digits and _"),
+    "an empty setting": ("cache:\n", "cache is empty"),
+    "an empty setting of a task": ("tasks: {vqa: {prompt: }}\n", "tasks.vqa.prompt is empty"),
     "itself": ("a: &a [*a]\n", "is no setting"),
     "binary": (b"\xff\xfe\x00\x00", "is no YAML file"),
 }

@@ -66,6 +66,9 @@ def checked(training: Mapping[str, Any], kind: str) -> dict[str, Any]:
             found[name] = "no"
             continue
         _check(name, value, hints[name])
+    for name in ("output_dir", "seed"):
+        if name in found and found[name] in (None, ""):
+            raise ValueError(f"training.{name} must be given, got {found[name]!r}")
     if found.get("max_steps", -1) == 0 or found.get("num_train_epochs", 1) <= 0:
         raise ValueError("training: max_steps and num_train_epochs must be greater than 0")
     if found.get("label_smoothing_factor") and kind != "decoder":

@@ -1,13 +1,14 @@
 """A run's model on images of your own."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fused_route.training.data.layouts import LAYOUTS
-from fused_route.training.experiment.build import Built
+from fused_route.training.experiment.build import Built, check_length
 from fused_route.training.experiment.decoding import Asking, answers
 from fused_route.training.experiment.folder import open_run
 
@@ -65,6 +66,11 @@ def captions(
     """
     built = open_run(run, features_from="tower")
     name = _task(built, task, captions=True)
+    asked = replace(
+        built.recipe.tasks[name],
+        max_new_tokens=generation.get("max_new_tokens", built.recipe.tasks[name].max_new_tokens),
+    )
+    check_length(name, asked, built.recipe.model.kind, built.model.language)
     asking = Asking(built.batches())
     built.tuned.use(name)
     found: list[str] = []

@@ -83,10 +83,11 @@ class Batches:
     def _prompt_of(self, text: str, task: TaskRecipe) -> list[int]:
         """Tokens before a decoder's answer, the beginning of text first."""
         start = self.tokenizer.bos_token_id
+        start = self.tokenizer.eos_token_id if start is None else start  # Qwen has no other
         if self.compat == "eccv24":
             return self._ids(text)
         ids = self._ids(text)
-        ids = ids if start is None or ids[:1] == [start] else [start, *ids]
+        ids = ids if ids[:1] == [start] else [start, *ids]
         return ids[: max(task.max_length - task.max_new_tokens - 1, 1)]
 
     def _ids(self, text: str) -> list[int]:

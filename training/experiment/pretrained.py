@@ -88,6 +88,8 @@ def load_language(
     settings["output_loading_info"] = True
     language, told = _loaded("model.language", name, lambda: load(name, **settings))
     tokenizer = _loaded("model.language", name, lambda: AutoTokenizer.from_pretrained(name))
+    if kind == "decoder" and tokenizer.eos_token is None:
+        raise ValueError(f"model.language: the tokenizer of {name} has no eos_token to end with")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if language.config.pad_token_id is None:

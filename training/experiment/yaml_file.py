@@ -11,6 +11,8 @@ import yaml
 from fused_route import RoutedConfig
 from fused_route.training.experiment.recipe import ModelRecipe, Recipe, TaskRecipe
 
+SECTIONS = ("model", "adapter", "tasks", "training")
+
 
 class _Loader(yaml.SafeLoader):
     """Refuses keys that are there twice, of which the last would count."""
@@ -36,17 +38,16 @@ def read_tree(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(written, dict):
         raise ValueError(f"{file} holds no mapping: a recipe has model, adapter, tasks, training")
-    _known(f"{file}: ", written, [f.name for f in fields(Recipe)])
+    _known(f"{file}: ", written, Recipe)
     for name, of in (("model", ModelRecipe), ("adapter", RoutedConfig), ("training", None)):
         if name in written:
             section = _mapping(f"{file}: {name}", written[name])
             if of is not None:
-                _known(f"{file}: {name}.", section, [f.name for f in fields(of)])
+                _known(f"{file}: {name}.", section, of)
     for task, section in _mapping(f"{file}: tasks", written.get("tasks", {})).items():
         if not isinstance(task, str) or not task.isidentifier():
             raise ValueError(f"{file}: tasks: a name is letters, digits and _, got {task!r}")
-        known = [f.name for f in fields(TaskRecipe)]
-        _known(f"{file}: tasks.{task}.", _mapping(f"{file}: tasks.{task}", section), known)
+        _known(f"{file}: tasks.{task}.", _mapping(f"{file}: tasks.{task}", section), TaskRecipe)
     return written
 
 
@@ -62,7 +63,11 @@ def _mapping(what: str, section: Any) -> Mapping[Any, Any]:
     return section
 
 
-def _known(where: str, section: Mapping[Any, Any], known: Collection[str]) -> None:
-    for key in section:
+def _known(where: str, section: Mapping[Any, Any], of: type) -> None:
+    """Refuses keys that a section has not, and empty ones where a value is needed."""
+    known = {field.name: str(field.type) for field in fields(of)}
+    for key, value in section.items():
         if key not in known:
             raise ValueError(f"{where}{key} is no setting of a recipe{near(key, known)}")
+        if value is None and "None" not in known[key] and key not in SECTIONS:
+            raise ValueError(f"{where}{key} is empty: give a value, or leave it out")
