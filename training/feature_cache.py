@@ -4,7 +4,8 @@ import os
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,24 +187,29 @@ class FeatureCache:
             total=len(files), desc=f"encoding {len(files)} images", unit="image",
             disable=rank != 0 or not files,
         )  # fmt: skip
-        try:
-            with bar:
-                for batch in encoded(encoder, files, batch_size, workers):
-                    if batch.values is not None:
-                        for path in writer.add(batch.files, batch.values):
-                            self._add(path)
-                    lines += [line for _, line in batch.broken]
-                    if lines and broken == "refuse":
-                        raise ValueError(lines[0])
-                    new += len(batch.files)
-                    bar.update(len(batch.files) + len(batch.broken))
-        finally:
-            for path in writer.flush():
-                self._add(path)
+        with bar, self._flushed(writer):
+            for batch in encoded(encoder, files, batch_size, workers):
+                if batch.values is not None:
+                    for path in writer.add(batch.files, batch.values):
+                        self._add(path)
+                lines += [line for _, line in batch.broken]
+                if lines and broken == "refuse":
+                    raise ValueError(lines[0])
+                new += len(batch.files)
+                bar.update(len(batch.files) + len(batch.broken))
         skipped = [path for path, d in zip(mine, digests, strict=True) if d not in self._rows]
         if skipped:
             print(f"{len(skipped)} of {len(mine)} images skipped: {lines[0]}", file=sys.stderr)
         return Encoded(new, tuple(skipped))
+
+    @contextmanager
+    def _flushed(self, writer: Writer) -> Iterator[None]:
+        """Writes what is left at the end of a block, also where it raises."""
+        try:
+            yield
+        finally:
+            for path in writer.flush():
+                self._add(path)
 
     def __getitem__(self, path: Path) -> Tensor:
         """Features (Nv, width) of an image; raises what `batch` does."""

@@ -1,7 +1,6 @@
 """What the subcommands of `fused-route` print."""
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,10 +19,10 @@ from fused_route.training.experiment.dry_run import dry_run
 from fused_route.training.experiment.evaluation import evaluate
 from fused_route.training.experiment.folder import adapter_folder
 from fused_route.training.experiment.recipe_file import read_recipe, shipped
-from fused_route.training.experiment.run import FEW, open_data
+from fused_route.training.experiment.run import encode as run_encoding
+from fused_route.training.experiment.run import open_data
 from fused_route.training.experiment.run import train as run_training
 
-WORKERS = 8  # processes that read images, at most
 COMPARED = 16  # images that --verify encodes again
 
 
@@ -97,21 +96,15 @@ def encode(
     """Encodes what the cache lacks; the processes of a launcher share the work."""
     told = read_recipe(recipe, overrides)
     data, state = open_data(told), PartialState()
-    built = build(told, data.answers)
-    if built.cache is None:
+    built, images = build(told, data.answers), data.images()
+    how = {"dtype": dtype, "batch_size": batch_size, "workers": workers}
+    done = run_encoding(built, images, **{k: v for k, v in how.items() if v is not None})
+    if built.cache is None or done is None:
         raise ValueError("features_from='tower': the recipe keeps no features")
-    images = data.images()
-    if workers is None:
-        workers = min(WORKERS, os.cpu_count() or 1) if len(images) > FEW else 0
-    built.tower.to(state.device)
-    done = built.cache.encode(
-        built.encoder, images, batch_size=batch_size, workers=workers, dtype=dtype,
-        broken=told.broken,
-    )  # fmt: skip
-    state.wait_for_everyone()
     if state.is_main_process:
         print(f"{done.new} images encoded here, {len(built.cache)} in {built.cache.folder}")
         if verify:
+            built.tower.to(state.device)
             print(built.cache.verify(built.encoder, images[:COMPARED]))
         print(f"next: fused-route {shlex.join(['train', recipe, *overrides])}")
     return 0

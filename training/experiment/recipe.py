@@ -16,7 +16,7 @@ from fused_route import RoutedConfig
 from fused_route.checks import one_of, whole
 from fused_route.functional import IMPLS
 from fused_route.training.data.layouts import LAYOUTS
-from fused_route.training.data.samples import Source
+from fused_route.training.data.samples import BROKEN, Source
 from fused_route.training.metrics.vqa_accuracy import NORMALIZE
 from fused_route.training.vlm_config import FEATURES, PROJECTIONS, VISUAL_TOKENS
 
@@ -26,7 +26,6 @@ METHODS = ("routed", "cross-attention")
 MODULES = ("shared", "per-task")
 SAMPLING = ("proportional", "balanced")
 COMPAT = ("none", "eccv24")
-BROKEN = ("refuse", "skip")
 FEATURES_FROM = ("cache", "tower")
 AUGMENTATIONS = ("none", "crop")
 SELECTION = ("score", "loss")

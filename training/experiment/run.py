@@ -5,6 +5,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import (
@@ -32,9 +33,11 @@ from fused_route.training.experiment.folder import (
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.tasks import Rows, open_rows
 from fused_route.training.experiment.trainer import ExperimentTrainer, refuse_not_finite
+from fused_route.training.feature_cache import Encoded
 
 SCORES = "scores.json"
 FEW = 1000  # images that are encoded before worker processes have started
+WORKERS = 8  # processes that read images, at most
 
 
 @dataclass(frozen=True)
@@ -170,12 +173,22 @@ def seed(arguments: TrainingArguments) -> None:
         set_seed(arguments.seed)
 
 
-def encode(built: Built, images: list[Path]) -> None:
-    """Encodes what the cache lacks of these images; processes share the work and wait."""
-    state = PartialState()
+def encode(built: Built, images: list[Path], **how: Any) -> Encoded | None:
+    """Encodes what the cache lacks of these images; processes share the work and wait.
+
+    Args:
+        how: batch_size, workers and dtype, as in `FeatureCache.encode`.
+
+    Returns:
+        What this process did; None where the tower runs in every step.
+    """
+    state, done = PartialState(), None
     if built.cache is not None:
+        workers = min(WORKERS, os.cpu_count() or 1) if len(images) > FEW else 0
         built.tower.to(state.device)
-        workers = min(8, os.cpu_count() or 1) if len(images) > FEW else 0
-        built.cache.encode(built.encoder, images, workers=workers, broken=built.recipe.broken)
+        done = built.cache.encode(
+            built.encoder, images, broken=built.recipe.broken, **{"workers": workers, **how}
+        )
         built.tower.to("cpu")
     state.wait_for_everyone()
+    return done
