@@ -17,9 +17,9 @@ pytestmark = pytest.mark.compile
 TRIES = 3  # other processes disturb any one of them
 # At most these shares of eager torch's time. All are to be 0.6, and not all are: torch's C++ gains
 # more from a faster CPU than the Python of a launch. Of the shortest chain by hand an adapter took
-# 0.58 on one machine and 0.75 on another (its module 0.80), a linear layer, whose base is one of the
-# chain's seven calls, 0.97 and 0.98 (1.02 and 1.07). What holds on both is bounded, so that it gets
-# no worse.
+# 0.58 on one machine and 0.75 on another (its module 0.80), a linear layer, whose base is one of
+# the chain's seven calls, 0.97 and 0.98 (1.02 and 1.07). What holds on both is bounded, so that it
+# gets no worse.
 LIMITS = {
     ("adapter", "reference"): 0.6, ("adapter", "by hand"): 0.85,
     ("linear", "reference"): 0.7, ("linear", "by hand"): 1.1,
