@@ -104,7 +104,7 @@ class ExperimentTrainer(Trainer):
         loss = losses.mean()
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             loss = loss / self.current_gradient_accumulation_steps  # which the Trainer left to it
-        return loss
+        return (loss, {}) if return_outputs else loss
 
     def evaluate(
         self,
