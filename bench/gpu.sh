@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything that is measured on one GPU, in parts that each end within eight minutes:
 #
-#     bench/gpu.sh [tests|ops|models|profile|all]
+#     bench/gpu.sh [tests|ops|models|profile|sanitize|all]
 #
 # tests    the gpu-marked smoke tests
 # ops      the headline operations: every provider, three processes
 # models   layers and training steps
 # profile  bytes by Nsight Compute, where it is installed
+# sanitize every kernel under compute-sanitizer, where it is installed
 # all      tests, ceilings, 16 operations and one step, in nine minutes
 #
 # Runs from a checkout without installing anything. What was measured stays in WORK (runs/gpu), and a
@@ -16,8 +17,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 part=${1:-all}
-case $part in tests|ops|models|profile|all) ;; *)
-    echo "bench/gpu.sh: part must be tests, ops, models, profile or all, got '$part'" >&2; exit 2;;
+case $part in tests|ops|models|profile|sanitize|all) ;; *)
+    echo "bench/gpu.sh: part must be tests, ops, models, profile, sanitize or all, got '$part'" >&2; exit 2;;
 esac
 
 WORK=${WORK:-runs/gpu}
@@ -79,6 +80,28 @@ ops() { limited "$1" ops $(bench) --grid "$HEADLINE" --case 'op/*' --warm 8 --bu
 models() { limited "$1" models $(bench) --grid "$MODELS" --budget "$(($1 - 60))" $MODEL_WAYS "${@:2}"; }
 profile() { limited "$1" profile "$PYTHON" -m bench profile "$RESULT" --budget "$(($1 - 30))"; }
 
+# Its tools at once. Before them the program alone, in processes that share the compiling: Triton's
+# cache is then warm. No allocation lies within another, so that memcheck sees the end of each tensor.
+sanitize() {
+    local logs=() tool
+    limited 90 sanitize-compile bash -c \
+        'for i in {0..9}; do "$0" -m bench.sanitize --device "$1" --share "$i/10" & done; wait' \
+        "$PYTHON" "$DEVICE"
+    limited 60 sanitize-alone "$PYTHON" -m bench.sanitize --device "$DEVICE"
+    PATH=$PATH:/usr/local/cuda/bin
+    command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not here"; return; }
+    for tool in memcheck racecheck initcheck; do logs+=("$WORK/sanitize-$tool.txt"); done
+    rm -f "${logs[@]}"
+    limited "$1" sanitize-tools bash -c 'export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+        python=$0 device=$1; shift
+        for log; do
+            tool=${log##*-}
+            compute-sanitizer --tool "${tool%.txt}" --print-limit 10000 \
+                "$python" -m bench.sanitize --device "$device" > "$log" 2>&1 &
+        done; wait' "$PYTHON" "$DEVICE" "${logs[@]}"
+    limited 30 sanitize "$PYTHON" -m bench.sanitize summarise "${logs[@]}"
+}
+
 summarise() {
     trap '' EXIT TERM INT
     if [ -n "${child:-}" ]; then kill -TERM "$child" 2>/dev/null; wait "$child" 2>/dev/null; fi
@@ -100,6 +123,7 @@ case $part in
     ops) ops 440 --processes 3 $EVERY;;
     models) models 440 --processes 2;;
     profile) profile 440;;
+    sanitize) sanitize 120;;
     all)
         tests 120
         ops 290 --processes 2 --seconds 0.2 $FEW
