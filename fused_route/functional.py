@@ -16,6 +16,8 @@ from .routing_input import RoutingInput
 
 Impl = Literal["auto", "reference", "triton"]
 IMPLS = ("auto", "reference", "triton")
+ProductPlan = Literal["auto", "p1", "p3"]
+PLANS = ("auto", "p1", "p3")
 
 
 def routed_linear(
@@ -34,6 +36,7 @@ def routed_linear(
     dropout: float | Dropout = 0.0,
     recompute: bool = False,
     impl: Impl = "auto",
+    plan: ProductPlan = "auto",
 ) -> Tensor:
     """A linear layer with routed LoRA: y = x_h Wᵀ + b + s · φ(x̂_h Aᵀ, x̂_r Aᵀ) Bᵀ.
 
@@ -54,6 +57,10 @@ def routed_linear(
         recompute: the kernels do not save x_t (M, R) for the backward pass but compute it anew.
         impl: "triton", the kernels; "reference", plain torch; or "auto": the kernels on a GPU where
             they cover the call (docs/kernels.md has the table).
+        plan: of the kernels, for a frozen `weight`: "p1", the base's product by torch, to which a
+            kernel adds the update; "p3", one product over x_h and the bottleneck, forward and
+            backward, in bf16 and fp16; or "auto", the one that was measured to be faster at this
+            size. A weight that is neither stored by rows nor by columns runs by "p1".
 
     Returns:
         (…, of·n), in the dtype of the base's output.
@@ -71,18 +78,19 @@ def routed_linear(
         truth("recompute", recompute)
     given = as_routing_input(x_r, routing)
     base = "frozen" if weight is not None and _is_frozen(weight, bias) else "given"
-    settings = ("linear", routing, base, adapted, of, dropout, recompute, impl)
+    settings = ("linear", routing, base, adapted, of, dropout, recompute, impl, plan)
     signature = known.signature((x_h, A, B, weight, bias, base_out), given, settings)
     prepared = known.prepared(signature)
     if prepared is None:
         one_of("impl", impl, IMPLS)
+        one_of("plan", plan, PLANS)
         check_linear(x_h, A, B, given, routing, weight, bias, base_out, adapted, of)
         tensors = {"x_h": x_h, "A": A, "B": B, "base_out": base_out}
         if base == "frozen":
             tensors |= {"weight": weight, "bias": bias}
         prepared = fused.prepare(
             impl, tensors, routing, given, dropout, base=base, activation="none",
-            segments=adapted, of=of, recompute=recompute,
+            segments=adapted, of=of, recompute=recompute, plan=plan,
         )  # fmt: skip
         known.remember(signature, prepared)
     if weight is not None and (base == "given" or prepared.fusion is None):

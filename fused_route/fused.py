@@ -87,6 +87,7 @@ def prepare(
     segments: tuple[int, ...],
     of: int,
     recompute: bool,
+    plan: str = "p1",
 ) -> Prepared:
     """What a call that was checked is found to be; `tensors` are its own, by name.
 
@@ -112,10 +113,22 @@ def prepare(
     fusion = Fusion(
         mix, u, w, first, 1 if routing.segments == "joint" else len(segments), image, base,
         activation, dropout, segments, of, "recomputed" if recompute else "saved",
-        products(dtype, device),
+        products(dtype, device), _plan(plan, base),
     )  # fmt: skip
     casts = any(t is not None and t.dtype != dtype for t in tensors.values())
     return Prepared(fusion, dtype, casts)
+
+
+def _plan(plan: str, base: str) -> str:
+    """The plan of a base; ValueError where the one that was asked for is of a frozen base alone."""
+    if base == "frozen":
+        return plan
+    if plan == "p3":
+        raise ValueError(
+            "plan='p3' needs the weight of a frozen base, got one that is trained, or its output: "
+            "use plan='auto'"
+        )
+    return "p1"
 
 
 def run(

@@ -34,6 +34,8 @@ class Fusion(NamedTuple):
         segments, of: the column blocks of y that are adapted, of how many.
         x_t: "saved" for the backward pass, or "recomputed" there.
         products: fp32 products in "ieee" or "tf32".
+        plan: of a frozen base: "p1", its product by the library, to which K1 adds; "p3", a product
+            that runs over the bottleneck too; "auto", whichever is faster at this size.
     """
 
     mix: str
@@ -49,6 +51,7 @@ class Fusion(NamedTuple):
     of: int
     x_t: str
     products: str
+    plan: str = "p1"
 
     def text(self) -> str:
         """This Fusion as one argument of the torch operators."""
@@ -56,19 +59,19 @@ class Fusion(NamedTuple):
         return (
             f"{self.mix} {self.u} {self.w} {self.first} {self.groups} {self.image} {self.base} "
             f"{self.activation} {self.p!r} {segments} {self.of} {self.x_t} "
-            f"{self.products}"
+            f"{self.products} {self.plan}"
         )
 
     @staticmethod
     @cache
     def of_text(text: str) -> "Fusion":
         """The Fusion whose `text()` this is."""
-        mix, u, w, first, groups, image, base, activation, p, segments, of, x_t, products = (
-            text.split()
-        )
+        (
+            mix, u, w, first, groups, image, base, activation, p, segments, of, x_t, products, plan,
+        ) = text.split()  # fmt: skip
         return Fusion(
             mix, u, w, first, int(groups), image, base, activation, float(p),
-            tuple(int(i) for i in segments.split(",")), int(of), x_t, products,
+            tuple(int(i) for i in segments.split(",")), int(of), x_t, products, plan,
         )  # fmt: skip
 
 

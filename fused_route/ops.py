@@ -19,7 +19,7 @@ from torch import Tensor
 from .dropout import draw_seed as draw_seed
 from .dropout import keep_mask as keep_mask
 from .fusion import Fusion
-from .plan import Plan, Sizes, Wanted, is_many
+from .plan import Plan, Sizes, Wanted, chosen_plan, is_many, layout_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,8 +60,11 @@ def _plan(f: Fusion, D: int, N: int, R: int, many: bool, *dtypes: torch.dtype | 
 def plan_for(f: Fusion, t: Inputs) -> Plan:
     """The plan of a call."""
     R, D = t.A.shape
+    M = t.x.numel() // D
+    if f.plan == "auto":
+        f = f._replace(plan=chosen_plan(f, t.A, M))
     return _plan(
-        f, D, t.B.shape[0] // len(f.segments), R, is_many(t.x.numel() // D),
+        f, D, t.B.shape[0] // len(f.segments), R, is_many(M),
         t.A.dtype, t.x.dtype, t.B.dtype,
         *(
             None if tensor is None else tensor.dtype
@@ -104,8 +107,10 @@ def forward(
         x_v = t.A.new_empty(sizes.S, R)
         plan.project(t.x_r, t.A, t.b_A, t.seed, x_v, "x_r")
         u, w = _of_x_v(f, x_v)
-    y, base = _output(plan, t)
     x_t = t.A.new_empty(sizes.M, R) if want_x_t else None
+    if extends(plan, t.weight):
+        return _extended_forward(plan, t, sizes, s, u, w, x_t), x_t, x_v
+    y, base = _output(plan, t)
     plan.forward(
         want_x_t,
         sizes.forward_grid,
@@ -113,6 +118,34 @@ def forward(
         (*sizes.rows, s),
     )
     return y, x_t, x_v
+
+
+def extends(plan: Plan, weight: Tensor | None) -> bool:
+    """Whether P3 runs: it was chosen, and the weight lies as its product reads it."""
+    return plan.f.plan == "p3" and weight is not None and layout_of(weight) is not None
+
+
+def _extended_forward(
+    plan: Plan,
+    t: Inputs,
+    sizes: Sizes,
+    s: float,
+    u: Tensor | None,
+    w: Tensor | None,
+    x_t: Tensor | None,
+) -> Tensor:
+    """y (…, of·N) by P3: z (M, R), then one product over x and z."""
+    assert t.weight is not None
+    z = t.A.new_empty(sizes.M, plan.R)
+    plan.bottleneck(
+        x_t is None,
+        sizes.forward_grid,
+        (t.x, t.A, t.b_A, u, w, x_t, z, t.seed, t.row_sample, t.offsets),
+        sizes.rows,
+    )
+    y = t.x.new_empty(*t.x.shape[:-1], plan.f.of * plan.N)
+    plan.extended_product("forward", t.x, t.weight, t.bias, z, t.B, y, None, s)
+    return y
 
 
 def _of_x_v(f: Fusion, x_v: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -179,7 +212,8 @@ def backward(
         x_t = new(M, R)
         assert t.x is not None
         plan.project(t.x, t.A, t.b_A, t.seed, x_t, "x_h")
-    dx_t = new(M, R) if needs_dx_t else None
+    by_p3 = wanted.x_h and extends(plan, t.weight)
+    dx_t = new(M, R) if needs_dx_t or by_p3 else None
     z = new(M, R) if wanted.B else None
     dz = partial = None
     if needs_operand and f.mix == "matrix":
@@ -187,15 +221,20 @@ def backward(
     elif needs_operand:
         count = 2 if f.image == "operand" and f.mix == "rank1" else 1
         partial = new(count, sizes.pairs, R, dtype=torch.float32)
-    dx, base = _input_gradient(plan, t, dy, wanted.x_h)
+    dx, base = _input_gradient(plan, t, dy, wanted.x_h and not by_p3)
     u, w = (t.u, t.w) if f.image != "owned" else _of_x_v(f, x_v)
     du, dw = _du_dw(partial)
     plan.backward(
-        wanted,
+        (wanted, by_p3),
         sizes.backward_grid,
         (dy, x_t, t.A, u, w, t.B, base, dx, dx_t, z, dz, du, dw, t.seed, t.row_sample, t.offsets),
         (*sizes.rows, s),
     )
+    if by_p3:
+        assert t.weight is not None and dx_t is not None
+        dx = dy.new_empty(*dy.shape[:-1], plan.D)
+        keep_scale = plan.dropout[1]
+        plan.extended_product("backward", dy, t.weight, None, dx_t, t.A, dx, t.seed, keep_scale)
     du, dw, dx_v, dx_r = _operand_gradients(plan, t, sizes, x_t, dz, partial, wanted)
     return Gradients(dx, dx_r, du, dw, *_weights(plan, t, sizes, wanted, s, dy, z, dx_t, dx_v))
 

@@ -21,11 +21,13 @@ MOST_SIZES = 1024
 @cache
 def kernels() -> Any:
     """The kernels by name, imported when first needed: `import fused_route` needs no Triton."""
-    from .kernels import backward, config, forward, launch, operands, weights
+    from .kernels import backward, config, extended, forward, launch, operands, weights
 
     return SimpleNamespace(
         project=forward.project,
         forward=forward.routed_forward,
+        bottleneck=forward.routed_bottleneck,
+        extended=extended.extended_product,
         backward=backward.routed_backward,
         vectors=operands.vector_gradient,
         matrices=operands.matrix_gradient,
@@ -44,6 +46,30 @@ def cdiv(a: int, b: int) -> int:
 def is_many(M: int) -> bool:
     """Whether M rows fill a GPU with large blocks."""
     return bool(kernels().config.MANY_ROWS <= M)
+
+
+@cache
+def _major(device: torch.device) -> int | None:
+    """Major compute capability of an NVIDIA GPU; None for other devices."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def chosen_plan(f: Fusion, A: Tensor, M: int) -> str:
+    """What the plan "auto" is for M rows."""
+    config = kernels().config
+    is_faster = config.extends(_major(A.device), A.element_size(), A.shape[1], M)
+    return "p3" if f.base == "frozen" and is_faster else "p1"
+
+
+def layout_of(weight: Tensor) -> str | None:
+    """How a weight (o, d) lies in memory, for P3: its "rows" or its "columns" whole; None: else."""
+    if weight.data_ptr() & 15:
+        return None
+    if weight.is_contiguous():
+        return "rows"
+    return "columns" if weight.mT.is_contiguous() else None
 
 
 class Wanted(NamedTuple):
@@ -121,6 +147,8 @@ class Plan:
             )
             for name in ("project", "forward", "backward", "vectors", "matrices", "weights")
         }
+        self.tiles["bottleneck"] = self.tiles["forward"]
+        self.product_tile = config.PRODUCTS[dtype.itemsize][many]
         bottleneck = {"D": D, "R": R, "R_PAD": R_PAD}
         self.to_segments = {"D": D, "N": N, "LDY": f.of * N, "R": R, "R_PAD": R_PAD}
         mix = {"MIX": f.mix, "U": f.u, "W": f.w, "FIRST": f.first, "G": f.groups}
@@ -129,6 +157,7 @@ class Plan:
         self.project_x_h = self._launch("project", {**bottleneck, "STREAM": 0})
         self.project_x_r = self._launch("project", {**bottleneck, "STREAM": 1})
         self.forward = self._launch("forward", routed)
+        self.bottleneck = self._launch("bottleneck", {**bottleneck, **mix})
         self.backward = self._launch("backward", routed)
         row_block = {"ROW_BLOCK": self.tiles["backward"].BM}
         self.vectors = self._launch("vectors", {**bottleneck, **row_block})
@@ -141,6 +170,46 @@ class Plan:
         tile = self.tiles[name]
         constants = {**constants, "PRECISION": self.f.products, "BM": tile.BM, "BN": tile.BN}
         return kernels().Launch(getattr(kernels(), name), tile, constants)
+
+    @cache  # noqa: B019  plans live as long as the process
+    def _extended(self, direction: str, layout: str) -> Any:
+        """P3's product, "forward" or "backward", with a weight (of·N, D) in this layout."""
+        of, D, N, R, tile = self.f.of, self.D, self.N, self.R, self.product_tile
+        by_row, by_column = (D, 1) if layout == "rows" else (1, of * N)
+        if direction == "backward":
+            widths = {"K": of * N, "N": D, "OF": 1, "SEGMENTS": (0,)}
+            rank, strides = R, {"SWK": by_row, "SWN": by_column, "SFC": D, "SFN": 1}
+        else:
+            widths = {"K": D, "N": N, "OF": of, "SEGMENTS": self.f.segments}
+            rank = R // self.g
+            strides = {"SWK": by_column, "SWN": by_row, "SFC": 1, "SFN": rank}
+        step = min(kernels().config.padded(rank), tile.BK)
+        constants = {**widths, "RANK": rank, "LDN": R, "RANK_STEP": step, **strides}
+        constants |= {"PRECISION": self.f.products, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
+        return kernels().Launch(kernels().extended, tile, constants)
+
+    def extended_product(
+        self,
+        direction: str,
+        wide: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        narrow: Tensor,
+        factor: Tensor,
+        out: Tensor,
+        seed: Tensor | None,
+        scale: float,
+    ) -> None:
+        """P3's product, "forward" y = x Wᵀ + bias + s · z Bᵀ, or
+        "backward" dx = dy W + keep ∘ (dx_t A) / (1 − p): out of wide, narrow and factor.
+        """
+        layout = layout_of(weight)
+        assert layout is not None
+        launch, tile, M = self._extended(direction, layout), self.product_tile, narrow.shape[0]
+        columns, of = (self.D, 1) if direction == "backward" else (self.N, self.f.of)
+        grid = (cdiv(M, tile.BM) * of * cdiv(columns, tile.BN), 1, 1)
+        tensors = (wide, weight, bias, narrow, factor, out, seed)
+        launch((bias is None, seed is None), grid, tensors, (M, self.dropout[0], scale))
 
     def sizes(self, M: int, S: int, longest: int) -> Sizes:
         """What follows from M rows of S samples; longest is 0 where they are not packed."""

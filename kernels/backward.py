@@ -7,6 +7,7 @@ from .parts import (
     LONGEST_ROW,
     activate,
     activation_slope,
+    base_tile,
     block_of_rows,
     bottleneck_tile,
     columns,
@@ -104,6 +105,7 @@ def down_backward(
     STEP: tl.constexpr = R_PAD if R_PAD * SIZE <= LONGEST_ROW else 32
     for k0 in range(0, D, BN):
         k = k0 + tl.arange(0, BN)
+        base = base_tile(base_ptr, row, inside, k0, 0, D, D, BM, BN)
         dx = tl.zeros([BM, BN], tl.float32)
         for c0 in range(0, R_PAD, STEP):
             c = c0 + tl.arange(0, STEP)
@@ -115,10 +117,9 @@ def down_backward(
         if seed_ptr is not None:
             keep = kept(seed_ptr, row, k0, threshold, STREAM, BM, BN)
             dx = tl.where(keep, dx * keep_scale, 0.0)
+        dx += base.to(tl.float32)
         place = row[:, None] * D + k[None, :]
         mask = inside[:, None] & (k < D)[None, :]
-        if base_ptr is not None:
-            dx += tl.load(base_ptr + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 

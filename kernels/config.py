@@ -51,8 +51,8 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
     "forward": {
         (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
         (32, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
-        (64, 2): (Tile(32, 64, 4, 3), Tile(128, 64, 8, 3)),
-        (128, 2): (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2)),
+        (64, 2): (Tile(32, 128, 8, 3), Tile(64, 128, 8, 3)),
+        (128, 2): (Tile(16, 128, 4, 3), Tile(64, 128, 8, 2)),
         (256, 2): (Tile(32, 64, 8, 2, 160), Tile(32, 64, 8, 2, 160)),
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
@@ -75,8 +75,8 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
     "backward": {
         (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
         (32, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
-        (64, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
-        (128, 2): (Tile(16, 64, 4, 2), Tile(64, 64, 8, 2)),
+        (64, 2): (Tile(16, 128, 4, 2), Tile(64, 128, 8, 3)),
+        (128, 2): (Tile(16, 128, 4, 2), Tile(32, 64, 4, 3)),
         (256, 2): (Tile(16, 64, 4, 2, 255), Tile(16, 64, 4, 2, 255)),
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2, 128), Tile(32, 32, 4, 2, 128)),
@@ -124,8 +124,8 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
     "weights": {
         (16, 2): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
         (32, 2): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-        (64, 2): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        (128, 2): (Tile(32, 64, 4, 3), Tile(64, 128, 8, 2)),
+        (64, 2): (Tile(64, 64, 4, 4), Tile(32, 128, 8, 3)),
+        (128, 2): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
         (256, 2): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         (16, 4): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
         (32, 4): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
@@ -134,6 +134,26 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
         (256, 4): (Tile(16, 32, 8, 2, 128), Tile(16, 32, 8, 2, 128)),
     },
 }
+
+
+@dataclass(frozen=True)
+class ProductTile(Tile):
+    """BK: how far a step goes along the inner width of a product."""
+
+    BK: int = 64
+
+
+# P3's product by bytes of an element: (few rows, many rows). It steps through the bottleneck as
+# through the inner width, so that its registers and shared memory do not grow with R.
+PRODUCTS: dict[int, tuple[ProductTile, ProductTile]] = {
+    2: (ProductTile(64, 64, 4, 4, None, 64), ProductTile(128, 256, 8, 4, None, 64)),
+    4: (ProductTile(32, 64, 4, 3, None, 32), ProductTile(64, 64, 8, 3, None, 32)),
+}
+
+# Where P3 takes less time than torch's product and K1, forward and backward together: by major
+# compute capability (the largest D, the least M), for 16-bit elements. Measured on an H200
+# (docs/decisions.md); elsewhere, and in wider layers, which the product decides, torch's is safe.
+EXTENDS: dict[int, tuple[int, int]] = {9: (1024, MANY_ROWS)}
 
 # K4 has no matrix product, and one row.
 ADD = Tile(1, 1024, 4, 1)
@@ -147,6 +167,14 @@ def padded(R: int) -> int:
 def tile(kernel: str, R_PAD: int, size: int, many: bool) -> Tile:
     """The tile of a kernel; `size` is the bytes of an element of A and B."""
     return TILES[kernel][R_PAD, size][many]
+
+
+def extends(major: int | None, size: int, D: int, M: int) -> bool:
+    """Whether P3 is the faster plan on a GPU of this compute capability (None: not NVIDIA's)."""
+    if major not in EXTENDS or size != 2:
+        return False
+    widest, fewest = EXTENDS[major]
+    return widest >= D and fewest <= M
 
 
 def compiler_options(tile: Tile, backend: str) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .parts import LONGEST_ROW, activate, block_of_rows, columns, down, mix
+from .parts import LONGEST_ROW, activate, base_tile, block_of_rows, columns, down, mix
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -27,6 +27,53 @@ def project(
     tl.store(out_ptr + row[:, None] * R + c[None, :], x_t.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def bottleneck(
+    x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, seed_ptr, row, inside, sample, routed,
+    threshold, keep_scale,
+    D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, MIX: tl.constexpr, U: tl.constexpr,
+    W: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """z = act(mix(x̂ Aᵀ + b_A)) (BM, R_PAD); stores x_t (·, R), where x_t_ptr is given."""
+    c = tl.arange(0, R_PAD)
+    x_t = down(
+        x_ptr, A_ptr, b_A_ptr, seed_ptr, row, inside, threshold, keep_scale,
+        D, R, R_PAD, 0, PRECISION, BM, BN,
+    )  # fmt: skip
+    rounded = x_t.to(A_ptr.dtype.element_ty)  # what the backward pass will read
+    if x_t_ptr is not None:
+        fits = inside[:, None] & (c < R)[None, :]
+        tl.store(x_t_ptr + row[:, None] * R + c[None, :], rounded, mask=fits)
+    z = mix(
+        rounded.to(tl.float32), u_ptr, w_ptr, sample, routed,
+        MIX, U, W, FIRST, PRECISION, G, R, R_PAD, 256,
+    )  # fmt: skip
+    return activate(z, ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["M", "T", "threshold"])
+def routed_bottleneck(
+    x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, z_ptr, seed_ptr, row_sample_ptr, offsets_ptr,
+    M, T, threshold, keep_scale,
+    D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, MIX: tl.constexpr, U: tl.constexpr,
+    W: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """K1 up to the bottleneck, for P3: z (M, R) = act(mix(x̂ Aᵀ + b_A)).
+
+    Grid as K1. Bytes: x once, z and x_t (where it is given) once; A once a program.
+    """
+    row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)
+    z = bottleneck(
+        x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, seed_ptr, row, inside, sample, routed,
+        threshold, keep_scale, D, R, R_PAD, MIX, U, W, FIRST, G, ACTIVATION, PRECISION, BM, BN,
+    )  # fmt: skip
+    c = tl.arange(0, R_PAD)
+    mask = inside[:, None] & (c < R)[None, :]
+    tl.store(z_ptr + row[:, None] * R + c[None, :], z.to(z_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M", "T", "threshold"])
 def routed_forward(
     x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, B_ptr, b_B_ptr, base_ptr, y_ptr, x_t_ptr,
@@ -46,21 +93,12 @@ def routed_forward(
     Grid: see `block_of_rows`. Bytes: x, base and y once, x_t once; A and B once a program.
     """
     row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)
-    x_t = down(
-        x_ptr, A_ptr, b_A_ptr, seed_ptr, row, inside, threshold, keep_scale,
-        D, R, R_PAD, 0, PRECISION, BM, BN,
-    )  # fmt: skip
-    c = tl.arange(0, R_PAD)
-    rounded = x_t.to(A_ptr.dtype.element_ty)  # what the backward pass will read
-    if x_t_ptr is not None:
-        fits = inside[:, None] & (c < R)[None, :]
-        tl.store(x_t_ptr + row[:, None] * R + c[None, :], rounded, mask=fits)
-    z = mix(
-        rounded.to(tl.float32), u_ptr, w_ptr, sample, routed,
-        MIX, U, W, FIRST, PRECISION, G, R, R_PAD, 256,
-    )  # fmt: skip
-    z = activate(z, ACTIVATION).to(B_ptr.dtype.element_ty)  # (BM, R_PAD)
+    z = bottleneck(
+        x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, seed_ptr, row, inside, sample, routed,
+        threshold, keep_scale, D, R, R_PAD, MIX, U, W, FIRST, G, ACTIVATION, PRECISION, BM, BN,
+    ).to(B_ptr.dtype.element_ty)  # fmt: skip
 
+    c = tl.arange(0, R_PAD)
     RANK: tl.constexpr = R // len(SEGMENTS)
     SIZE: tl.constexpr = B_ptr.dtype.element_ty.primitive_bitwidth // 8
     STEP: tl.constexpr = R_PAD if R_PAD * SIZE <= LONGEST_ROW else 32
@@ -70,6 +108,7 @@ def routed_forward(
             own_z = tl.where(((c >= i * RANK) & (c < (i + 1) * RANK))[None, :], z, 0.0).to(z.dtype)
         for n0 in range(0, N, BN):
             n = n0 + tl.arange(0, BN)
+            base = base_tile(base_ptr, row, inside, n0, SEGMENTS[i] * N, N, LDY, BM, BN)
             y = tl.zeros([BM, BN], tl.float32)
             for c0 in range(0, R_PAD, STEP):
                 k = c0 + tl.arange(0, STEP) - i * RANK
@@ -81,8 +120,7 @@ def routed_forward(
             y = y * s
             if b_B_ptr is not None:
                 y += tl.load(b_B_ptr + i * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            y += base.to(tl.float32)
             place = row[:, None] * LDY + (SEGMENTS[i] * N + n)[None, :]
             mask = inside[:, None] & (n < N)[None, :]
-            if base_ptr is not None:
-                y += tl.load(base_ptr + place, mask=mask, other=0.0).to(tl.float32)
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)

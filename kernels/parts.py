@@ -116,6 +116,27 @@ def bottleneck_tile(
 
 
 @triton.jit
+def base_tile(
+    base_ptr, row, inside, first, column, N: tl.constexpr, LD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Columns `first` … first + BN (BM, BN) of the N that begin at `column` of base; zero if none.
+
+    Loaded before the step's product, which hides a part of the wait: the compiler pipelines
+    operands of products alone. On an H200 K1 took up to 5 % longer with the load behind it.
+    """
+    if base_ptr is None:
+        base = tl.zeros([BM, BN], tl.float32)
+    else:
+        n = first + tl.arange(0, BN)
+        base = tl.load(
+            base_ptr + row[:, None] * LD + (column + n)[None, :],
+            mask=inside[:, None] & (n < N)[None, :], other=0.0,
+        )  # fmt: skip
+    return base
+
+
+@triton.jit
 def vector_operand(
     ptr, sample, routed, KIND: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr
 ):  # fmt: skip
