@@ -27,8 +27,9 @@ def library(o: Operands, impl: Impl = "triton", **modes: Any) -> Tensor:
         assert o.weight is not None
         base = {"base_out": F.linear(o.x, o.weight, o.bias)}
     return routed_linear(
-        o.x, o.A, o.B, o.x_r, **base, s=S_SCALE, adapted=o.adapted, of=o.of, **shared
-    )
+        o.x, o.A, o.B, o.x_r, **base, s=S_SCALE, adapted=o.adapted, of=o.of, plan=layer.plan,
+        **shared,
+    )  # fmt: skip
 
 
 def clean(o: Operands) -> Tensor:

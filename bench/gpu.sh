@@ -69,35 +69,38 @@ limited() {
 
 bench() { echo "$PYTHON -m bench --device $DEVICE --out $RESULT"; }
 
-# Kernels compile in one thread: several processes at once, where pytest-xdist is.
+# Kernels compile in one thread: several processes at once, where pytest-xdist is. pytest-benchmark
+# warns of those, and a warning is an error.
 tests() {
     local several=()
     "$PYTHON" -c 'import xdist' 2>/dev/null && several=(-n "${TEST_PROCESSES:-8}")
-    limited "$1" tests "$PYTHON" -m pytest -q -rf --tb=line -p no:cacheprovider "${several[@]}" \
-        -m gpu tests/test_gpu.py
+    limited "$1" tests "$PYTHON" -m pytest -q -rf --tb=line -p no:cacheprovider -p no:benchmark \
+        "${several[@]}" -m gpu tests/test_gpu.py tests/test_gpu_models.py
 }
 ops() { limited "$1" ops $(bench) --grid "$HEADLINE" --case 'op/*' --warm 8 --budget "$(($1 - 40))" "${@:2}"; }
 models() { limited "$1" models $(bench) --grid "$MODELS" --budget "$(($1 - 60))" $MODEL_WAYS "${@:2}"; }
 profile() { limited "$1" profile "$PYTHON" -m bench profile "$RESULT" --budget "$(($1 - 30))"; }
 
-# Its tools at once. Before them the program alone, in processes that share the compiling: Triton's
-# cache is then warm. No allocation lies within another, so that memcheck sees the end of each tensor.
+# Its tools at once, each with a log of its records (.txt) beside what the program prints (.log).
+# Before them the program alone, in processes that share the compiling: Triton's cache is then warm.
+# No allocation lies within another, so that memcheck sees the end of each tensor.
 sanitize() {
     local logs=() tool
     limited 90 sanitize-compile bash -c \
-        'for i in {0..9}; do "$0" -m bench.sanitize --device "$1" --share "$i/10" & done; wait' \
+        'for i in {0..11}; do "$0" -m bench.sanitize --device "$1" --share "$i/12" & done; wait' \
         "$PYTHON" "$DEVICE"
     limited 60 sanitize-alone "$PYTHON" -m bench.sanitize --device "$DEVICE"
     PATH=$PATH:/usr/local/cuda/bin
     command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not here"; return; }
     for tool in memcheck racecheck initcheck; do logs+=("$WORK/sanitize-$tool.txt"); done
-    rm -f "${logs[@]}"
+    rm -f "${logs[@]}" "${logs[@]/%.txt/.log}"
     limited "$1" sanitize-tools bash -c 'export PYTORCH_NO_CUDA_MEMORY_CACHING=1
         python=$0 device=$1; shift
         for log; do
             tool=${log##*-}
-            compute-sanitizer --tool "${tool%.txt}" --print-limit 10000 \
-                "$python" -m bench.sanitize --device "$device" > "$log" 2>&1 &
+            compute-sanitizer --tool "${tool%.txt}" --print-limit 1000000 --show-backtrace device \
+                --log-file "$log" \
+                "$python" -m bench.sanitize --device "$device" > "${log%.txt}.log" 2>&1 &
         done; wait' "$PYTHON" "$DEVICE" "${logs[@]}"
     limited 30 sanitize "$PYTHON" -m bench.sanitize summarise "${logs[@]}"
 }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bench.cases import Case
 from bench.subject import Subject
 from fused_route import RoutedAdapter, RoutedLinear, Routing, RoutingInput
+from fused_route.functional import ProductPlan
 
 S_SCALE = 2.0  # s = alpha / r
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -26,6 +27,7 @@ class Layer:
         Nv: visual tokens.
         dropout, recompute: as in `routed_linear`.
         trains_image: whether x_r wants a gradient.
+        plan: of the functions, for a base that the operation owns; modules choose it themselves.
     """
 
     host: str
@@ -34,6 +36,7 @@ class Layer:
     dropout: float = 0.0
     recompute: bool = False
     trains_image: bool = False
+    plan: ProductPlan = "auto"
 
 
 class Operands:

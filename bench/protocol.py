@@ -1,8 +1,13 @@
 """How times are taken: the same for every provider, which take turns.
 
-wall     eager calls with the host's time. On a GPU events stand between the passes of many calls
-         that are queued without waiting, so a pass takes as long as its slower side, host or GPU.
-graph    replays of a CUDA graph, over several input sets that together exceed the cache.
+wall     eager calls with the host's time, queued without waiting, so that they take as long as
+         their slower side, host or GPU. There a mark is an event, which costs the host up to 14 µs:
+         "both" is the time of a group of calls over their number, with marks at the group's ends
+         alone; "forward" and "backward" come from other calls, with marks between the passes. On a
+         CPU marks cost nothing, and all three come from the same calls.
+graph    replays of one CUDA graph that holds a call of each of several input sets, which together
+         exceed the cache: a group's time over its calls, so that no launch of a graph and no event
+         is in it.
 kernels  the sum of all kernels' times, by the profiler.
 
 All gradients are None before every call, so that none is added to. Clocks and modes of a GPU are
@@ -11,8 +16,10 @@ left as they are.
 
 import gc
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from statistics import median, quantiles
 from typing import Any
 
@@ -24,6 +31,8 @@ from bench.subject import Subject
 COLD_BYTES = 150e6
 PER_SYNCHRONISATION = 50
 ROUNDS = 5
+GROUPS = 4  # of the calls of a turn, where a group needs no more
+GRAPH_GROUPS = 20  # of the replays of a graph
 Passes = dict[str, list[float]]
 
 
@@ -49,6 +58,8 @@ def summary(samples: Sequence[float]) -> list[float]:
 class HostClock:
     """Marks of time on the host, for devices that compute before they return."""
 
+    marks_cost = False
+
     def mark(self) -> Any:
         return time.perf_counter()
 
@@ -61,6 +72,8 @@ class HostClock:
 
 class GpuClock:
     """Marks in the stream of the current GPU."""
+
+    marks_cost = True
 
     def mark(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)
@@ -87,14 +100,19 @@ def one_call(subject: Subject, clock: Clock) -> tuple[Any, Any, Any]:
     start = clock.mark()
     y = subject.forward()
     between = clock.mark()
-    y.backward(subject.dy)
-    if subject.finish is not None:
-        subject.finish()
+    _go_back(subject, y)
     return start, between, clock.mark()
 
 
+def _go_back(subject: Subject, y: torch.Tensor) -> None:
+    """All that follows the forward pass."""
+    y.backward(subject.dy)
+    if subject.finish is not None:
+        subject.finish()
+
+
 def samples(subject: Subject, clock: Clock, calls: int) -> Passes:
-    """Seconds of each pass of this many calls, queued in groups."""
+    """Seconds of each pass of this many calls, with marks between them, queued in groups."""
     found: Passes = {"forward": [], "backward": [], "both": []}
     for first in range(0, calls, PER_SYNCHRONISATION):
         marks = [one_call(subject, clock) for _ in range(min(PER_SYNCHRONISATION, calls - first))]
@@ -106,12 +124,42 @@ def samples(subject: Subject, clock: Clock, calls: int) -> Passes:
     return found
 
 
+def grouped(subject: Subject, clock: Clock, calls: int) -> list[float]:
+    """Seconds of a call without marks, on average over each group that this many fall into."""
+
+    def call() -> None:
+        subject.forget()
+        _go_back(subject, subject.forward())
+
+    size = max(1, min(PER_SYNCHRONISATION, calls // GROUPS))
+    return _group_seconds(call, clock, size, max(1, calls // size))
+
+
+def _group_seconds(run: Callable[[], None], clock: Clock, size: int, groups: int) -> list[float]:
+    """Seconds of a run, on average over each group of this size, with marks at the ends alone.
+
+    Small groups follow each other without waiting: only the first of them finds an idle GPU.
+    """
+    found: list[float] = []
+    queued = max(1, PER_SYNCHRONISATION // size)
+    while len(found) < groups:
+        marks = [clock.mark()]
+        for _ in range(min(queued, groups - len(found))):
+            for _ in range(size):
+                run()
+            marks.append(clock.mark())
+        clock.wait()
+        found += [clock.seconds(*ends) / size for ends in pairwise(marks)]
+    return found
+
+
 def wall(
     subjects: dict[str, Subject], clock: Clock, seconds: float, failed: dict[str, Exception]
 ) -> dict[str, Passes]:
     """Samples of every provider's passes: in each round all take a turn of about seconds/ROUNDS.
 
-    One that raises is put into `failed`, and the others go on without it.
+    Where marks cost, half of a turn is for "both" and half for the passes. One that raises is put
+    into `failed`, and the others go on without it.
     """
     calls: dict[str, int] = {}
     found: dict[str, Passes] = {}
@@ -119,10 +167,14 @@ def wall(
     def turn(name: str, round_: int) -> None:
         if round_ == 0:
             samples(subjects[name], clock, 2)
-            once = median(samples(subjects[name], clock, 3)["both"])
-            calls[name] = max(2, min(1000, int(seconds / ROUNDS / once)))
+            once = median(grouped(subjects[name], clock, 3))
+            most = max(2, min(1000, int(seconds / ROUNDS / once)))
+            calls[name] = most // 2 if clock.marks_cost else most
             return
-        for which, values in samples(subjects[name], clock, calls[name]).items():
+        passes = samples(subjects[name], clock, calls[name])
+        if clock.marks_cost:
+            passes["both"] = grouped(subjects[name], clock, calls[name])
+        for which, values in passes.items():
             found.setdefault(name, {}).setdefault(which, []).extend(values)
 
     with undisturbed():
@@ -140,39 +192,57 @@ def input_sets(bytes_of_one: float) -> int:
     return max(3, int(COLD_BYTES // max(bytes_of_one, 1.0)) + 1)
 
 
-def captured(subject: Subject, is_both: bool) -> torch.cuda.CUDAGraph:
-    """A graph of the forward pass, or of both.
+@contextmanager
+def _never_waiting() -> Iterator[None]:
+    """What waits for the GPU in this block raises."""
+
+    def set_mode(mode: str) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode(mode)
+
+    set_mode("error")
+    try:
+        yield
+    finally:
+        set_mode("default")
+
+
+def captured(subjects: Sequence[Subject], is_both: bool) -> torch.cuda.CUDAGraph:
+    """A graph of the forward pass, or of both, of one subject after the other.
 
     What waits for the GPU cannot be captured, and a capture that fails leaves PyTorch's allocator
     and generator behind in a capture: such a subject is found before, and raises.
     """
 
-    def run() -> None:
+    def run(subject: Subject) -> torch.Tensor:
         subject.forget()
         y = subject.forward()
         if is_both:
             y.backward(subject.dy)
+        return y
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        for subject in subjects:
+            for _ in range(2):
+                run(subject)
+            torch.cuda.synchronize()
+            with _never_waiting():
+                run(subject)
+            subject.forget()  # what the graph does not hold
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    outputs = []  # alive until all is captured: no call writes to what the cache holds of another
     with torch.cuda.graph(graph):
-        run()
+        for subject in subjects:
+            outputs.append(run(subject))
     return graph
 
 
 def graph(make: Callable[[int], Subject], sets: int, seconds: float) -> Passes:
-    """Samples of graph replays; `make(i)` gives the subject of the i-th input set.
+    """Samples of graph replays, by call; `make(i)` gives the subject of the i-th input set.
 
     A graph holds none of its inputs: all sets live until the last replay. "backward" is the
     difference of the medians of the other two, since a graph holds both.
@@ -180,31 +250,26 @@ def graph(make: Callable[[int], Subject], sets: int, seconds: float) -> Passes:
     clock, found = GpuClock(), dict[str, list[float]]()
     subjects = [make(i) for i in range(sets)]
     for which, is_both in (("forward", False), ("both", True)):
-        graphs = [captured(subject, is_both) for subject in subjects]
-        for each in graphs:
-            each.replay()
-        clock.wait()
-        found[which] = _replays(graphs, clock, seconds)
-        del graphs
+        replayed = captured(subjects, is_both)
+        found[which] = [time / sets for time in _replays(replayed, clock, seconds)]
+        del replayed
         for subject in subjects:
             subject.forget()
     found["backward"] = [median(found["both"]) - median(found["forward"])]
     return found
 
 
-def _replays(graphs: list[torch.cuda.CUDAGraph], clock: Clock, seconds: float) -> list[float]:
-    """Seconds of single replays, in turn, for about this long."""
+def _replays(replayed: torch.cuda.CUDAGraph, clock: Clock, seconds: float) -> list[float]:
+    """Seconds of a replay, on average over each of some groups, which take about this long."""
+    for _ in range(2):
+        replayed.replay()
+    clock.wait()
+    (once,) = _group_seconds(replayed.replay, clock, 2, 1)
+    size = max(2, min(PER_SYNCHRONISATION, int(seconds / GRAPH_GROUPS / once)))
     times: list[float] = []
     stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(times) < 3 * len(graphs):
-        marks = []
-        for _ in range(PER_SYNCHRONISATION // len(graphs) + 1):
-            for each in graphs:
-                start = clock.mark()
-                each.replay()
-                marks.append((start, clock.mark()))
-        clock.wait()
-        times += [clock.seconds(*pair) for pair in marks]
+    while time.perf_counter() < stop or len(times) < 5:
+        times += _group_seconds(replayed.replay, clock, size, 1)
     return times
 
 

@@ -20,7 +20,7 @@ from bench.matmul_order import MIXED, matmul_order
 from bench.operands import S_SCALE, Operands
 from bench.published import published
 from bench.subject import Subject
-from fused_route import coverage
+from fused_route import coverage, routed_linear
 
 Make = Callable[[Operands], Subject]
 
@@ -98,6 +98,16 @@ def _frozen(o: Operands) -> Subject:
     return Subject(partial(formulations.frozen, o), {"x": o.x}, o.dy, live=o.inputs)
 
 
+def _p1(o: Operands) -> Tensor:
+    """The kernels with the frozen base's product by torch, also where P3 was faster."""
+    layer = o.layer
+    return routed_linear(
+        o.x, o.A, o.B, o.x_r, weight=o.weight, bias=o.bias, route=layer.route, s=S_SCALE,
+        adapted=o.adapted, of=o.of, dropout=layer.dropout, recompute=layer.recompute,
+        impl="triton", plan="p1",
+    )  # fmt: skip
+
+
 def _full(o: Operands) -> Subject:
     """Fine-tuning the base itself: y, dx and dW."""
     assert o.weight is not None
@@ -127,6 +137,7 @@ PROVIDERS: dict[str, Provider] = {
     ),
     "peft": Provider("plain LoRA by PEFT, no routing", _peft, "lora"),
     "fused": Provider("the library's kernels", _way(formulations.library)),
+    "fused-p1": Provider("the kernels by plan P1 alone", _way(_p1)),
     "frozen": Provider("the base alone: y and dx", _frozen, ""),
     "full": Provider("the base's full fine-tuning: y, dx and dW", _full, ""),
 }  # fmt: skip
@@ -135,7 +146,7 @@ PROVIDERS: dict[str, Provider] = {
 def obstacle(name: str, case: Case, device: torch.device) -> str | None:
     """Why a provider is left out of an operation, or None."""
     layer_has_base = case.host != "adapter"
-    if name in ("peft", "frozen", "full") and not layer_has_base:
+    if name in ("peft", "fused-p1", "frozen", "full") and not layer_has_base:
         return "an adapter has no base"
     if name == "peft" and importlib.util.find_spec("peft") is None:
         return "peft is not installed"
@@ -145,9 +156,9 @@ def obstacle(name: str, case: Case, device: torch.device) -> str | None:
     if name in ("published", "matmul-order") and pairs:
         return "written for one visual token there"
     R = case.r * (2 if case.host == "qkv" else 1)
-    if name == "fused" and R > coverage.MAX_R:
+    if name.startswith("fused") and R > coverage.MAX_R:
         return f"R = {R} is more than {coverage.MAX_R}"
-    if name == "fused":
+    if name.startswith("fused"):
         return coverage.device_obstacle(device)
     return None
 

@@ -3,6 +3,7 @@
     python -m bench.sanitize                 runs them; status 1 where one did not run, or not well
     python -m bench.sanitize summarise LOG…  counts the records of its logs, ours apart
 
+What the program itself printed under the sanitizer is in LOG, or beside LOG.txt in LOG.log.
 `bench/gpu.sh sanitize` does both. Without a sanitizer the program runs too, and in Triton's
 interpreter without a GPU.
 """
@@ -25,12 +26,13 @@ from torch import Tensor
 
 from bench.operands import DTYPES, S_SCALE, Layer, Operands
 from fused_route import Routing, RoutingInput, known, ops, routed_adapter, routed_linear
+from fused_route.functional import ProductPlan
 from fused_route.kernels import config
 from fused_route.kernels.launch import Launch
 
 KERNELS = (
-    "project", "routed_forward", "routed_backward", "vector_gradient", "matrix_gradient",
-    "weight_partials", "add_partials",
+    "project", "routed_forward", "routed_bottleneck", "extended_product", "routed_backward",
+    "vector_gradient", "matrix_gradient", "weight_partials", "add_partials",
 )  # fmt: skip
 D, RANK = 72, 12  # no multiples of a tile: every mask matters
 LENGTHS = (40, 0, 33, 25)  # of packed samples; two rows of padding follow
@@ -47,6 +49,7 @@ class Case:
         modes: of `Routing`.
         is_packed: rows of `LENGTHS`.
         many: with the tiles for many rows, however few there are.
+        plan: of the product with a frozen weight, the same on every GPU.
     """
 
     layer: Layer
@@ -57,6 +60,7 @@ class Case:
     modes: dict[str, Any] = field(default_factory=dict)
     is_packed: bool = False
     many: bool = False
+    plan: ProductPlan = "p1"
 
     @property
     def name(self) -> str:
@@ -66,6 +70,7 @@ class Case:
             f"Nv={layer.Nv}": layer.Nv > 1, "dropout": layer.dropout > 0.0,
             "recompute": layer.recompute, "dx_r": layer.trains_image, "packed": self.is_packed,
             f"r={self.rank}": self.rank != RANK, "tiles for many rows": self.many,
+            "P3": self.plan == "p3",
             **{f"{name}={mode}": True for name, mode in self.modes.items()},
         }  # fmt: skip
         told = [text for text, is_so in flags.items() if is_so]
@@ -84,6 +89,8 @@ CASES = (
     Case(Layer("linear", "gram"), "fp32", samples=5, tokens=61, modes=UNIT),
     Case(Layer("qkv", "gram", Nv=3, dropout=P), "fp32"),
     Case(Layer("adapter", "gram", trains_image=True), rank=140),  # the loops over a wide bottleneck
+    Case(Layer("linear", "mul"), plan="p3"),
+    Case(Layer("qkv", "gram", Nv=3, dropout=P), plan="p3"),
 )
 
 
@@ -102,7 +109,7 @@ def result(o: Operands, case: Case) -> Tensor:
         return routed_adapter(o.x, o.A, o.B, x_r, b_A=o.b_A, b_B=o.b_B, **shared)
     base: dict[str, Any] = {"weight": o.weight, "bias": o.bias}
     return routed_linear(
-        o.x, o.A, o.B, x_r, **base, s=S_SCALE, adapted=o.adapted, of=o.of, **shared
+        o.x, o.A, o.B, x_r, **base, s=S_SCALE, adapted=o.adapted, of=o.of, plan=case.plan, **shared
     )
 
 
@@ -123,6 +130,31 @@ def tiles_for_many_rows(wanted: bool) -> Iterator[None]:
             yield
         finally:
             forget()
+
+
+def by_elements(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b without a product's kernel, summed in float32."""
+    wide = a.float().unsqueeze(-1) * b.float().unsqueeze(-3)
+    return wide.sum(-2).to(a.dtype).contiguous()
+
+
+@contextmanager
+def seen_products() -> Iterator[None]:
+    """torch's products by elementwise kernels.
+
+    On Hopper cuBLAS stores them by TMA, which initcheck does not see: all that kernels then read of
+    the frozen base, forward (F.linear) and backward (dy @ weight), it takes to be uninitialised.
+    """
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = by_elements(x, weight.mT)
+        return y if bias is None else y + bias
+
+    with (
+        mock.patch.object(torch.nn.functional, "linear", linear),
+        mock.patch.object(Tensor, "__matmul__", by_elements),
+    ):
+        yield
 
 
 @contextmanager
@@ -156,7 +188,7 @@ def run(device: str, first: int = 0, step: int = 1) -> int:
     Where all cases are run, 1 too where a kernel was not launched.
     """
     status = 0
-    with launched() as found:
+    with launched() as found, seen_products():
         for case in CASES[first::step]:
             print(case.name, flush=True)
             if bad := faults(case, device):
@@ -236,10 +268,22 @@ def record(lines: Sequence[str]) -> Record:
     return Record(PLACE.sub("", lines[0]).strip(), kernel, where)
 
 
-def doubt(log: str, totals: Sequence[str]) -> str | None:
+def said(log: Path) -> str:
+    """What the program printed: into the log, or into a file beside it, or nowhere."""
+    beside = log.with_suffix(".log")
+    return "\n".join(
+        path.read_text(encoding="utf-8", errors="replace")
+        for path in dict.fromkeys((log, beside))
+        if path.exists()
+    )
+
+
+def doubt(printed: str, totals: Sequence[str], beside: str) -> str | None:
     """Why a log does not say all, or None."""
-    if not totals or not re.search(f"^{ENDED}", log, re.MULTILINE):
-        return "the program did not end"
+    if not totals:
+        return "the sanitizer did not end"
+    if not re.search(f"^{ENDED}", printed, re.MULTILINE):
+        return f"the program did not end, by this log or {beside}"
     return "records are missing" if any("not printed" in total for total in totals) else None
 
 
@@ -251,7 +295,7 @@ def summarise(paths: Sequence[Path]) -> int:
         found, totals = records(log)
         ours = [each for each in found if each.is_ours]
         others = Counter(each.kernel for each in found if not each.is_ours)
-        why = doubt(log, totals)
+        why = doubt(said(path), totals, path.with_suffix(".log").name)
         print("; ".join([
             f"{path.name}: {len(ours)} of ours, {others.total()} of others", *totals,
             *([] if why is None else [why]),

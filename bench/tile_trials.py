@@ -25,6 +25,7 @@ from fused_route.functional import Impl
 from fused_route.kernels import config
 from fused_route.kernels.config import Tile
 from fused_route.kernels.launch import Launch
+from fused_route.plan import major_of
 from fused_route.testing import assert_as_good_as_eager
 
 ROWS = {"few": (40, 50), "many": (512, 64)}  # (samples, tokens of each): M = 2000 and 32768
@@ -57,8 +58,13 @@ class Cell(NamedTuple):
 
     @property
     def present(self) -> tuple[Tile, Tile]:
-        """What the table has: for few rows, for many."""
-        return config.TILES[self.kernel][self.R_PAD, self.size]
+        """What the table has for the GPU at hand: for few rows, for many."""
+        major = major_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        few, many = (
+            config.tile(self.kernel, self.R_PAD, self.size, is_many, major)
+            for is_many in (False, True)
+        )
+        return few, many
 
 
 class Job(NamedTuple):
@@ -107,8 +113,13 @@ def overridden(cell: Cell, tile: Tile) -> Iterator[None]:
         ops._plan.cache_clear()
         known._KNOWN.clear()
 
-    own = {**config.TILES[cell.kernel], (cell.R_PAD, cell.size): (tile, tile)}
-    with mock.patch.object(config, "TILES", {**config.TILES, cell.kernel: own}):
+    table = config.tile
+
+    def trial(kernel: str, R_PAD: int, size: int, many: bool, major: int | None = None) -> Tile:
+        is_this = (kernel, R_PAD, size) == (cell.kernel, cell.R_PAD, cell.size)
+        return tile if is_this else table(kernel, R_PAD, size, many, major)
+
+    with mock.patch.object(config, "tile", trial):
         forget()
         try:
             yield

@@ -19,7 +19,7 @@ from .config import HOSTS, RoutedConfig, identity_of
 from .context import RoutingContext, VisualProjector, own_context
 from .fold import merge
 from .freezing import saved
-from .functional import IMPLS, Impl
+from .functional import IMPLS, PLANS, Impl, ProductPlan
 from .routing_input import RoutingInput
 from .targets import find_targets
 from .text import follow
@@ -220,6 +220,7 @@ def attach(
     *,
     impl: Impl = "auto",
     recompute: bool = False,
+    plan: ProductPlan = "auto",
     project: str = "auto",
 ) -> Attached:
     """Puts routed layers into a model, in place, and freezes everything else.
@@ -231,6 +232,7 @@ def attach(
         context: to share with code of your own; None: the model's own, an attribute `context` that
             its forward sets, or a new one.
         impl, recompute: of the layers, as in `RoutedLinear`.
+        plan: of the linear layers, as in `RoutedLinear`; adapters have none and ignore it.
         project: who computes x_v = x_r Aᵀ. "layer", each when it is called; "together", the context
             for all layers of one width and rank in one product when it is set, for one backward
             pass; "auto", together where that saves launches: on a GPU, without gradients, from
@@ -248,8 +250,9 @@ def attach(
     if not isinstance(context, (RoutingContext, type(None))):
         raise ValueError(f"context must be a RoutingContext, got {type(context).__name__}")
     one_of("impl", impl, IMPLS)
+    one_of("plan", plan, PLANS)
     one_of("project", project, PROJECT)
-    options = {"impl": impl, "recompute": truth("recompute", recompute)}
+    options = {"impl": impl, "recompute": truth("recompute", recompute), "plan": plan}
     if context is None:
         context = own_context(model) or RoutingContext()
     if isinstance(config, RoutedConfig):

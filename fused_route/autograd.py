@@ -14,7 +14,7 @@ from torch import Tensor
 from . import ops
 from .fusion import Fusion
 from .ops import Inputs
-from .plan import Plan, Wanted
+from .plan import Plan, Wanted, is_readable, readable
 
 # The first eight of `Inputs` have gradients, in the order of `Wanted`; that of base_out is dy.
 BASE_OUT = 10
@@ -35,18 +35,6 @@ def all_readable(t: Inputs) -> Inputs:
             if name in read and tensor is not None
         }
     )
-
-
-def is_readable(tensor: Tensor) -> bool:
-    """Whether a tensor is contiguous, at an address that loads of 16 bytes take."""
-    return tensor.is_contiguous() and not tensor.data_ptr() & 15
-
-
-def readable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where it is not readable."""
-    if is_readable(tensor):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def kept_for_backward(

@@ -20,7 +20,7 @@ class Builder:
     """Makes the layers of one model.
 
     Args:
-        options: arguments of the layers that no checkpoint records: impl, recompute.
+        options: arguments of the layers that no checkpoint records: impl, recompute, plan.
     """
 
     model: nn.Module
@@ -88,6 +88,8 @@ class Builder:
             raise ValueError("share='block', but its name has no layer index")
         width = hidden_width(module, config.position, self.model)
         adapter = self._shared.get(place)
+        common = self._common()
+        common.pop("plan", None)  # it has no base
         if adapter is None:
             adapter = self._shared[place] = RoutedAdapter(
                 width,
@@ -96,7 +98,7 @@ class Builder:
                 bias=config.bias,
                 residual=config.residual,
                 norm=config.norm,
-                **self._common(),
+                **common,
                 **weight_kind(_with_weight(module)),
             )
             adapter.label = place

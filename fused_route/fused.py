@@ -92,11 +92,13 @@ def prepare(
     """What a call that was checked is found to be; `tensors` are its own, by name.
 
     Raises:
-        ValueError: kernels were asked for and do not cover it, or dropout is no probability.
+        ValueError: kernels were asked for and do not cover it, dropout is no probability, or the
+            plan is not for this base.
     """
     x_h = tensors["x_h"]
     assert x_h is not None
     dtype, device = product_dtype(x_h), x_h.device
+    plan = _plan(plan, base)
     if not isinstance(dropout, Dropout):
         dropout = probability("dropout", dropout)
     if not takes_kernels(impl, tensors, device, dtype, routing, given, dropout):
@@ -113,7 +115,7 @@ def prepare(
     fusion = Fusion(
         mix, u, w, first, 1 if routing.segments == "joint" else len(segments), image, base,
         activation, dropout, segments, of, "recomputed" if recompute else "saved",
-        products(dtype, device), _plan(plan, base),
+        products(dtype, device), plan,
     )  # fmt: skip
     casts = any(t is not None and t.dtype != dtype for t in tensors.values())
     return Prepared(fusion, dtype, casts)

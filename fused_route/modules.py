@@ -12,7 +12,7 @@ from .bases import base_features, plain_base, weight_kind
 from .bottleneck import NO_MORE, Bottleneck, More, Routed
 from .checks import finite, one_of, shown, truth
 from .context import RoutingContext
-from .functional import Impl, routed_adapter, routed_linear
+from .functional import PLANS, Impl, ProductPlan, routed_adapter, routed_linear
 from .reference import ACTIVATIONS
 from .routes import Route
 from .routing import Routing
@@ -29,6 +29,7 @@ class LinearCall(Routed):
     alpha: float
     adapted: tuple[int, ...]
     of: int
+    plan: ProductPlan
 
     @property
     def s(self) -> float:
@@ -60,6 +61,12 @@ class LinearCall(Routed):
         if base_out is None:
             weight, bias = (None, None) if args or kwargs else plain_base(self.base)
         if base_out is None and weight is None:
+            if self.plan == "p3":
+                raise ValueError(
+                    f"{self.label}: plan='p3' needs a base whose weight it reads, an nn.Linear or "
+                    f"Conv1D without hooks and other arguments; base={type(self.base).__name__} is "
+                    "called here: use plan='auto'"
+                )
             base_out = self.base(x_h, *args, **kwargs)
         return routed_linear(
             x_h,
@@ -71,6 +78,7 @@ class LinearCall(Routed):
             s=self.s,
             adapted=self.adapted,
             of=self.of,
+            plan=self.plan,
             **arguments,
         )
 
@@ -81,7 +89,7 @@ class RoutedLinear(LinearCall, Bottleneck):
     Args:
         base: nn.Linear, Hugging Face Conv1D, or any callable from (…, d) to (…, of·n); it is kept.
             Where it is a frozen nn.Linear or Conv1D without hooks, its product is part of the
-            kernels' operation, which then adds to it in place; any other base is called.
+            kernels' operation, by `plan`; any other base is called.
         rank: r, per adapted segment.
         alpha: scale of the update, s = alpha / r; None: alpha = r.
         route: a name in `ROUTES`, a `Route` or a `Routing`.
@@ -93,6 +101,7 @@ class RoutedLinear(LinearCall, Bottleneck):
         device, dtype: of A and B; None: those of the base's weight.
         recompute: the kernels compute x_t anew in the backward pass instead of saving it.
         impl: "auto", "reference" or "triton", as in `routed_linear`.
+        plan: "auto", "p1" or "p3", as in `routed_linear`.
         inner_rank: None, one A for text and image; or k, a projection of each through k columns for
             every adapted segment.
         routed_by: "image", the context's routing input; or "text", the mean of the layer's own
@@ -104,7 +113,8 @@ class RoutedLinear(LinearCall, Bottleneck):
     A, A_v (g·k, d) and U, U_v (g·r, g·k): x_t = x_h Aᵀ Uᵀ, x_v = x_r A_vᵀ U_vᵀ.
 
     Raises:
-        ValueError: widths, segments, rank or names that do not fit.
+        ValueError: widths, segments, rank or names that do not fit; when it is called, plan="p3"
+            with a base that is trained or has no plain weight.
     """
 
     def __init__(
@@ -124,6 +134,7 @@ class RoutedLinear(LinearCall, Bottleneck):
         dtype: torch.dtype | None = None,
         recompute: bool = False,
         impl: Impl = "auto",
+        plan: ProductPlan = "auto",
         inner_rank: int | None = None,
         routed_by: str = "image",
     ) -> None:
@@ -137,6 +148,8 @@ class RoutedLinear(LinearCall, Bottleneck):
             routed_by=routed_by, dropout=dropout, context=context, recompute=recompute, impl=impl,
             kind=kind,
         )  # fmt: skip
+        one_of("plan", plan, PLANS)
+        self.plan: ProductPlan = plan
         self.b_A = None
         self.base = base
         self.in_features, self.out_features = in_features, out_features

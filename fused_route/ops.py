@@ -19,7 +19,7 @@ from torch import Tensor
 from .dropout import draw_seed as draw_seed
 from .dropout import keep_mask as keep_mask
 from .fusion import Fusion
-from .plan import Plan, Sizes, Wanted, chosen_plan, is_many, layout_of
+from .plan import Plan, Sizes, Wanted, chosen_plan, is_many, layout_of, major_of, readable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,10 +51,12 @@ class Inputs(NamedTuple):
 
 
 @cache
-def _plan(f: Fusion, D: int, N: int, R: int, many: bool, *dtypes: torch.dtype | None) -> Plan:
-    """The plan for a Fusion, widths, and the dtypes of its tensors (A's and x's first)."""
+def _plan(
+    f: Fusion, D: int, N: int, R: int, many: bool, major: int | None, *dtypes: torch.dtype | None
+) -> Plan:
+    """The plan for a Fusion, widths, a GPU, and the dtypes of its tensors (A's and x's first)."""
     assert dtypes[0] is not None and dtypes[1] is not None
-    return Plan(f, D, N, R, dtypes[0], dtypes[1], many)
+    return Plan(f, D, N, R, dtypes[0], dtypes[1], many, major)
 
 
 def plan_for(f: Fusion, t: Inputs) -> Plan:
@@ -64,7 +66,7 @@ def plan_for(f: Fusion, t: Inputs) -> Plan:
     if f.plan == "auto":
         f = f._replace(plan=chosen_plan(f, t.A, M))
     return _plan(
-        f, D, t.B.shape[0] // len(f.segments), R, is_many(M),
+        f, D, t.B.shape[0] // len(f.segments), R, is_many(M), major_of(t.A.device),
         t.A.dtype, t.x.dtype, t.B.dtype,
         *(
             None if tensor is None else tensor.dtype
@@ -144,7 +146,8 @@ def _extended_forward(
         sizes.rows,
     )
     y = t.x.new_empty(*t.x.shape[:-1], plan.f.of * plan.N)
-    plan.extended_product("forward", t.x, t.weight, t.bias, z, t.B, y, None, s)
+    bias = None if t.bias is None else readable(t.bias)  # torch's product takes any layout
+    plan.extended_product("forward", t.x, t.weight, bias, z, t.B, y, None, s)
     return y
 
 

@@ -49,7 +49,7 @@ def is_many(M: int) -> bool:
 
 
 @cache
-def _major(device: torch.device) -> int | None:
+def major_of(device: torch.device) -> int | None:
     """Major compute capability of an NVIDIA GPU; None for other devices."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
@@ -59,17 +59,32 @@ def _major(device: torch.device) -> int | None:
 def chosen_plan(f: Fusion, A: Tensor, M: int) -> str:
     """What the plan "auto" is for M rows."""
     config = kernels().config
-    is_faster = config.extends(_major(A.device), A.element_size(), A.shape[1], M)
+    is_faster = config.extends(major_of(A.device), A.element_size(), A.shape[1], M)
     return "p3" if f.base == "frozen" and is_faster else "p1"
 
 
 def layout_of(weight: Tensor) -> str | None:
-    """How a weight (o, d) lies in memory, for P3: its "rows" or its "columns" whole; None: else."""
-    if weight.data_ptr() & 15:
+    """How a weight (o, d) lies in memory, for P3: its "rows" or its "columns" whole; None: else.
+
+    None too where loads of 16 bytes or offsets of 32 bits do not reach all of it.
+    """
+    if weight.data_ptr() & 15 or weight.numel() >> 31:
         return None
     if weight.is_contiguous():
         return "rows"
     return "columns" if weight.mT.is_contiguous() else None
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a tensor is contiguous, at an address that loads of 16 bytes take."""
+    return tensor.is_contiguous() and not tensor.data_ptr() & 15
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is not readable."""
+    if is_readable(tensor):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 class Wanted(NamedTuple):
@@ -121,6 +136,7 @@ class Plan:
         D, N, R: input width, columns of an adapted segment, bottleneck columns.
         dtype, x_dtype: of A and B, and of x.
         many: whether there are enough rows to fill a GPU with large blocks.
+        major: compute capability of the GPU; None: tiles that fit any.
     """
 
     def __init__(
@@ -132,6 +148,7 @@ class Plan:
         dtype: torch.dtype,
         x_dtype: torch.dtype,
         many: bool,
+        major: int | None,
     ) -> None:
         config = kernels().config
         self.f, self.D, self.N, self.R, self.x_dtype = f, D, N, R, x_dtype
@@ -144,11 +161,12 @@ class Plan:
                 R_PAD,
                 dtype.itemsize,
                 many,
+                major,
             )
             for name in ("project", "forward", "backward", "vectors", "matrices", "weights")
         }
         self.tiles["bottleneck"] = self.tiles["forward"]
-        self.product_tile = config.PRODUCTS[dtype.itemsize][many]
+        self.product_tile = config.product_tile(major, dtype.itemsize, many, f.products)
         bottleneck = {"D": D, "R": R, "R_PAD": R_PAD}
         self.to_segments = {"D": D, "N": N, "LDY": f.of * N, "R": R, "R_PAD": R_PAD}
         mix = {"MIX": f.mix, "U": f.u, "W": f.w, "FIRST": f.first, "G": f.groups}

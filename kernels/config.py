@@ -6,7 +6,7 @@ sm_80 on, and AMD's with `compiler_options`; `python -m bench gates` compiles al
 registers, spills and shared memory. Why the tiles are what they are: README.md beside this file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_R = 256
 
@@ -51,8 +51,8 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
     "forward": {
         (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
         (32, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
-        (64, 2): (Tile(32, 128, 8, 3), Tile(64, 128, 8, 3)),
-        (128, 2): (Tile(16, 128, 4, 3), Tile(64, 128, 8, 2)),
+        (64, 2): (Tile(32, 64, 4, 3), Tile(128, 64, 8, 3)),
+        (128, 2): (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2)),
         (256, 2): (Tile(32, 64, 8, 2, 160), Tile(32, 64, 8, 2, 160)),
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
@@ -75,8 +75,8 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
     "backward": {
         (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
         (32, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
-        (64, 2): (Tile(16, 128, 4, 2), Tile(64, 128, 8, 3)),
-        (128, 2): (Tile(16, 128, 4, 2), Tile(32, 64, 4, 3)),
+        (64, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
+        (128, 2): (Tile(16, 64, 4, 2), Tile(64, 64, 8, 2)),
         (256, 2): (Tile(16, 64, 4, 2, 255), Tile(16, 64, 4, 2, 255)),
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2, 128), Tile(32, 32, 4, 2, 128)),
@@ -124,14 +124,34 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
     "weights": {
         (16, 2): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
         (32, 2): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-        (64, 2): (Tile(64, 64, 4, 4), Tile(32, 128, 8, 3)),
-        (128, 2): (Tile(64, 64, 4, 3), Tile(64, 128, 8, 3)),
+        (64, 2): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        (128, 2): (Tile(32, 64, 4, 3), Tile(64, 128, 8, 2)),
         (256, 2): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         (16, 4): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
         (32, 4): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
         (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (128, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
         (256, 4): (Tile(16, 32, 8, 2, 128), Tile(16, 32, 8, 2, 128)),
+    },
+}
+
+# Rows that replace those of TILES, by major compute capability, where a sweep found faster ones and
+# they need not fit elsewhere: more stages, and wider steps with few rows, whose pipelines start and
+# end more often than they run. Measured on an H200 with 2,000 and 32,768 rows of d = 768.
+TUNED: dict[int, dict[str, dict[tuple[int, int], tuple[Tile, Tile]]]] = {
+    9: {
+        "forward": {
+            (64, 2): (Tile(16, 256, 4, 3), Tile(64, 128, 8, 3)),
+            (128, 2): (Tile(16, 128, 4, 4), Tile(64, 64, 8, 4)),
+        },
+        "backward": {
+            (64, 2): (Tile(16, 128, 4, 4), Tile(64, 128, 8, 3)),
+            (128, 2): (Tile(16, 128, 8, 3), Tile(64, 128, 8, 3)),
+        },
+        "weights": {
+            (64, 2): (Tile(64, 64, 4, 4), Tile(32, 128, 8, 3)),
+            (128, 2): (Tile(64, 64, 4, 4), Tile(64, 128, 8, 3)),
+        },
     },
 }
 
@@ -144,10 +164,15 @@ class ProductTile(Tile):
 
 
 # P3's product by bytes of an element: (few rows, many rows). It steps through the bottleneck as
-# through the inner width, so that its registers and shared memory do not grow with R.
+# through the inner width, so that its registers and shared memory do not grow with R. These fit
+# every GPU, the smallest with 99 KB of shared memory a program, and AMD's with 64 KB.
 PRODUCTS: dict[int, tuple[ProductTile, ProductTile]] = {
-    2: (ProductTile(64, 64, 4, 4, None, 64), ProductTile(128, 256, 8, 4, None, 64)),
+    2: (ProductTile(64, 64, 4, 4, None, 64), ProductTile(128, 128, 8, 3, None, 64)),
     4: (ProductTile(32, 64, 4, 3, None, 32), ProductTile(64, 64, 8, 3, None, 32)),
+}
+# Instead, by (major compute capability, bytes of an element): 197 KB of shared memory.
+LARGE_PRODUCTS: dict[tuple[int | None, int], tuple[ProductTile, ProductTile]] = {
+    (9, 2): (PRODUCTS[2][0], ProductTile(128, 256, 8, 4, None, 64)),
 }
 
 # Where P3 takes less time than torch's product and K1, forward and backward together: by major
@@ -164,9 +189,22 @@ def padded(R: int) -> int:
     return max(16, 1 << (R - 1).bit_length())
 
 
-def tile(kernel: str, R_PAD: int, size: int, many: bool) -> Tile:
-    """The tile of a kernel; `size` is the bytes of an element of A and B."""
-    return TILES[kernel][R_PAD, size][many]
+def tile(kernel: str, R_PAD: int, size: int, many: bool, major: int | None = None) -> Tile:
+    """The tile of a kernel on a GPU of this major compute capability (None: not NVIDIA's).
+
+    `size` is the bytes of an element of A and B.
+    """
+    tuned = TUNED.get(major or 0, {}).get(kernel, {})
+    return (tuned.get((R_PAD, size)) or TILES[kernel][R_PAD, size])[many]
+
+
+def product_tile(major: int | None, size: int, many: bool, products: str) -> ProductTile:
+    """The tile of P3's product on a GPU of this compute capability (None: not NVIDIA's).
+
+    Under TF32 in one stage, as K3: a transposed operand of 4 bytes is pipelined element by element.
+    """
+    found = LARGE_PRODUCTS.get((major, size), PRODUCTS[size])[many]
+    return replace(found, stages=1) if products == "tf32" else found
 
 
 def extends(major: int | None, size: int, D: int, M: int) -> bool:

@@ -22,12 +22,19 @@ def transposed_product(
 
     wide: columns `first` … first + BN of the WIDTH that begin at `column` in rows of LDW (x, x_r or
     dy); narrow: the C columns from c0 on in rows of LDC (dx_t, dx_v or z), or None for the sums
-    alone. Those are added up tile on tile and reduced at the end. As a product with ones they would
-    be rounded by TF32, and give the product beside it a layout that spills on sm_80 at R = 256.
+    alone.
+
+    In 16 bits the sums are a product with ones. Added up in registers, they would share a load with
+    the product, and of a load with such a second use Triton (3.6 to 3.8) keeps one slot too few on
+    sm_90: the next step's copy overwrites what the asynchronous product still reads, seen as wrong
+    tiles of dB on an H200. In fp32, whose products are not asynchronous, TF32 would round them.
     """
     n = first + tl.arange(0, BN)
     c = tl.arange(0, C_PAD)
     acc = tl.zeros([BN, C_PAD], tl.float32)
+    BY_PRODUCT: tl.constexpr = narrow_ptr is not None and wide_ptr.dtype.element_ty != tl.float32
+    one = tl.where(tl.arange(0, 16) == 0, 1.0, 0.0)[None, :] + tl.zeros([BM, 1], tl.float32)
+    by_product = tl.zeros([BN, 16], tl.float32)
     sums = tl.zeros([BM, BN], tl.float32)
     # Pipelined, 4-byte elements of a transposed operand of TF32 are copied one by one; in one stage
     # each thread reads 16 bytes, and 4 programs or more a multiprocessor hide the wait.
@@ -42,14 +49,17 @@ def transposed_product(
         if seed_ptr is not None:
             wide = tl.where(kept(seed_ptr, row, first, threshold, STREAM, BM, BN), wide, 0.0)
         if SUMS:
-            sums += wide.to(tl.float32)
+            if BY_PRODUCT:
+                by_product = tl.dot(tl.trans(wide), one.to(wide.dtype), by_product)
+            else:
+                sums += wide.to(tl.float32)
         if narrow_ptr is not None:
             narrow = tl.load(
                 narrow_ptr + row[:, None] * LDC + (c0 + c)[None, :],
                 mask=inside[:, None] & (c < C)[None, :], other=0.0,
             )  # (BM, C_PAD)  # fmt: skip
             acc = tl.dot(tl.trans(wide.to(narrow.dtype)), narrow, acc, input_precision=PRECISION)
-    return acc, tl.sum(sums, 0)
+    return acc, tl.sum(by_product, 1) if BY_PRODUCT else tl.sum(sums, 0)
 
 
 @triton.jit

@@ -194,6 +194,11 @@ LINEAR = Subject(
             bad("huge", (10**30,), "segments"),
         ],
         "of": [*no_whole_numbers(), bad("range", 3, "divide", "of=3")],
+        "plan": [
+            *no_names("p3"),
+            bad("conflict", "p3", "weight of a frozen base", weight=None, base_out=X),
+            bad("conflict", "p3", "weight of a frozen base", weight=W.clone().requires_grad_()),
+        ],
         **CALL,
     },
 )

@@ -111,6 +111,7 @@ LINEAR = Subject(
     lambda _: (RoutedLinear, {"base": nn.Linear(D, 6), "rank": R, "context": projecting()}),
     {
         **LAYER,
+        "plan": no_names("p3"),
         "base": [
             bad("none", None, "callable"),
             bad("type", 3, "callable"),

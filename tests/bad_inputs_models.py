@@ -189,6 +189,7 @@ ATTACHING = Subject(
         "context": CONTEXTS,
         "impl": no_names("reference"),
         "recompute": no_truths(),
+        "plan": no_names("p3"),
         "project": no_names("together"),
     },
 )

@@ -10,14 +10,20 @@ from torch import Tensor
 
 from fused_route import Dropout, Routing, RoutingInput, routed_adapter, routed_linear
 from fused_route.bottleneck import Bottleneck
+from fused_route.functional import ProductPlan
 from fused_route.fusion import owns_image
 from fused_route.ops import draw_seed, keep_mask
 from fused_route.reference import NO_DROPOUT
 
-HOSTS = ("adapter", "linear", "given", "qkv", "given_qkv")
+# Frozen bases by plan P1, and by P3, with a weight by rows or, as Conv1D's, by columns ("qkv_p3").
+FROZEN = ("linear", "qkv")
+BY_P3 = ("linear_p3", "qkv_p3", "qv_p3")
+HOSTS = ("adapter", "linear", "given", "qkv", "given_qkv", "linear_p3", "qkv_p3")
 KERNEL_ROUTES = ("none", "add", "mul", "gram", "expand", "gram_relu", "ones", "ones_relu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SEGMENTS = {"qkv": ((2, 0), 3), "given_qkv": ((0, 2), 3)}
+SEGMENTS = {
+    "qkv": ((2, 0), 3), "given_qkv": ((0, 2), 3), "qkv_p3": ((2, 0), 3), "qv_p3": ((0, 2), 3),
+}  # fmt: skip
 P = 0.25
 
 
@@ -40,6 +46,10 @@ class Layer:
     def adapted(self) -> tuple[tuple[int, ...], int]:
         """(adapted, of)."""
         return SEGMENTS.get(self.host, ((0,), 1))
+
+    @property
+    def plan(self) -> ProductPlan:
+        return "p3" if self.host in BY_P3 else "auto"
 
 
 @dataclass(frozen=True)
@@ -73,8 +83,11 @@ def leaves(layer: Layer, call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
     }
     if layer.host == "adapter" and layer.biases:
         named |= {"b_A": randn(layer.r), "b_B": randn(n)}
-    if layer.host in ("linear", "qkv"):
-        named |= {"weight": randn(of * n, layer.d, scale=layer.d**-0.5), "bias": randn(of * n)}
+    if layer.host in (*FROZEN, *BY_P3):
+        weight = randn(of * n, layer.d, scale=layer.d**-0.5)
+        named["weight"] = weight.mT.contiguous().mT if layer.host == "qkv_p3" else weight
+        if layer.biases:
+            named["bias"] = randn(of * n)
     if layer.host in ("given", "given_qkv"):
         named["base_out"] = randn(*rows, of * n)
     return named
@@ -120,7 +133,7 @@ def run(
         )  # fmt: skip
     return routed_linear(
         t["x_h"], t["A"], t["B"], x_r, weight=t.get("weight"), bias=t.get("bias"),
-        base_out=t.get("base_out"), s=0.5, adapted=adapted, of=of, **given,
+        base_out=t.get("base_out"), s=0.5, adapted=adapted, of=of, plan=layer.plan, **given,
     )  # fmt: skip
 
 

@@ -271,8 +271,8 @@ class TestFigures:
     def test_every_provider_has_a_look_of_its_own(self) -> None:
         from bench.providers import PROVIDERS
 
-        assert set(figures.LOOKS) == set(PROVIDERS)
-        assert len({look[1:] for look in figures.LOOKS.values()}) == len(PROVIDERS)
+        assert set(figures.LOOKS) == set(PROVIDERS) - {"fused-p1"}  # which only asking for it runs
+        assert len({figures.look(name)[1:] for name in PROVIDERS}) == len(PROVIDERS)
         assert figures.look("new") == figures.look("new")
 
     @pytest.mark.parametrize("axis", SCALING)

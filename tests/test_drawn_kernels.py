@@ -29,7 +29,7 @@ from fused_route.testing import assert_as_good_as_eager
 pytestmark = pytest.mark.interpret
 
 drawn = settings(
-    max_examples=50,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     database=None,

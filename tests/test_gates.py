@@ -5,7 +5,18 @@ from unittest import mock
 
 import pytest
 
-from bench.offline.gates import Case, all_cases, check, checked, quick_cases, row
+from bench.offline.gates import (
+    PRODUCT_CHIPS,
+    Case,
+    all_cases,
+    check,
+    checked,
+    name_of,
+    p3_cases,
+    product_cases,
+    quick_cases,
+    row,
+)
 from bench.offline.specialisations import Layer, launched_by
 from fused_route import ops
 from fused_route.kernels import config
@@ -27,21 +38,45 @@ def test_a_selection_meets_every_demand() -> None:
 
 
 def test_the_selection_has_every_row_of_the_table() -> None:
-    """By kernel, R and tile: what `quick_cases` compiles is all that the table has."""
+    """By kernel, R and tile: what `quick_cases` compiles is all that the tables have."""
+    cases = quick_cases()
     found = {
-        (s.kernel.partition(":")[2], s.values.get("MIX") == "matrix", case.layer.R, s.values["BM"])
-        for case in quick_cases()
-        if (s := case.specialisation).kernel.partition(":")[2] != "add_partials"
+        (name_of(case), s.values.get("MIX") == "matrix", case.layer.R, s.tile)
+        for case in cases
+        if (s := case.specialisation)
     }
     names = {
         "project": "project", "vectors": "vector_gradient", "matrices": "matrix_gradient",
         "weights": "weight_partials", "forward": "routed_forward", "backward": "routed_backward",
     }  # fmt: skip
-    for kernel, rows in config.TILES.items():
-        name, _, matrix = kernel.partition("_")
-        for (R, _), tiles in rows.items():
-            for tile in tiles:
-                assert (names[name], bool(matrix), R, tile.BM) in found, (kernel, R, tile)
+    for table in (config.TILES, *config.TUNED.values()):
+        for kernel, rows in table.items():
+            name, _, matrix = kernel.partition("_")
+            for (R, _), tiles in rows.items():
+                for tile in tiles:
+                    assert (names[name], bool(matrix), R, tile) in found, (kernel, R, tile)
+    for pair in (*config.PRODUCTS.values(), *config.LARGE_PRODUCTS.values()):
+        for tile in pair:
+            kinds = [case for case in cases if case.specialisation.tile == tile]
+            directions = {"seed_ptr" in given(case) for case in kinds}
+            layouts = {case.layer.by_columns for case in kinds}
+            assert len(kinds) == 4 and directions == layouts == {False, True}, tile
+
+
+def given(case: Case) -> set[str]:
+    """The pointers of a case that are not None."""
+    return {name for name, kind in case.specialisation.arguments if kind is not None}
+
+
+def test_the_product_fits_every_gpu_and_the_large_tile_is_for_9x_alone() -> None:
+    """The large one is chosen for 9.x alone; on sm_86 it does not fit."""
+    chips = {case.arch for case in product_cases("bf16", PRODUCT_CHIPS["bf16"], 256)}
+    assert chips == {80, 86, 89, 90, 100, 120, "gfx942"}
+    large = set(config.LARGE_PRODUCTS[9, 2]) - set(config.PRODUCTS[2])
+    for case in p3_cases():
+        assert (case.specialisation.tile in large) <= (case.arch == 90)
+    case = next(c for c in quick_cases() if c.specialisation.tile in large)
+    assert any("does not fit" in fault for fault in check(case._replace(arch=86)).faults)
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from bench import formulations, providers
 from bench.cases import HOSTS, ROUTES, Case, op
 from bench.correct import Gate
-from bench.operands import DTYPES, Operands
+from bench.operands import DTYPES, S_SCALE, Operands
 from bench.subject import Subject
-from fused_route import Dropout, RoutingInput, routed_adapter
+from fused_route import Dropout, RoutingInput, routed_adapter, routed_linear
 from fused_route.ops import draw_seed, keep_mask
 from fused_route.testing import assert_as_good_as_eager
 
@@ -119,6 +119,32 @@ def test_as_good_as_eager(host: str, route: str, dtype: str) -> None:
 def test_as_good_as_eager_in_other_shapes(case: Case) -> None:
     operands, subject = fused(case)
     assert Gate(operands).worst("fused", subject.results()) is not None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("host", ["linear", "qkv"])
+def test_p3_is_as_good_as_eager(host: str, dtype: str, p: float) -> None:
+    """In uneven sizes, whatever "auto" would choose; with dropout p1 draws the same masks."""
+    operands = Operands.of_case(replace(UNEVEN, host=host, dtype=dtype, dropout=p), DEVICE)
+
+    def results(plan: str) -> dict[str, Tensor]:
+        torch.manual_seed(5)
+        return operands.subject(lambda o: linear_by(plan, o)).results()
+
+    if not p:
+        assert Gate(operands).worst("fused", results("p3")) is not None
+    for name, tensor in results("p1").items():
+        difference = (tensor - results("p3")[name]).double().norm() / tensor.double().norm()
+        assert float(difference) < 4 * torch.finfo(tensor.dtype).eps, name
+
+
+def linear_by(plan: str, o: Operands) -> Tensor:
+    """The operands' linear layer by a plan of the kernels."""
+    return routed_linear(
+        o.x, o.A, o.B, o.x_r, weight=o.weight, bias=o.bias, route=o.layer.route, s=S_SCALE,
+        dropout=o.layer.dropout, adapted=o.adapted, of=o.of, impl="triton", plan=plan,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 @pytest.mark.usefixtures("released")

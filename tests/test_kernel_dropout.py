@@ -30,7 +30,11 @@ def tiles(**changes: int) -> Iterator[None]:
         }
         for kernel, rows in config.TILES.items()
     }
-    with mock.patch.object(config, "TILES", table), fresh_plans():
+    products = {
+        size: tuple(config.ProductTile(**{**vars(tile), **changes}) for tile in pair)
+        for size, pair in config.PRODUCTS.items()
+    }
+    with mock.patch.multiple(config, TILES=table, PRODUCTS=products), fresh_plans():
         yield
 
 
@@ -44,9 +48,10 @@ def fresh_plans() -> Iterator[None]:
     ops._plan.cache_clear()
 
 
+@pytest.mark.parametrize("host", ["adapter", "linear_p3"])
 @pytest.mark.parametrize("blocks", [{"BM": 16, "BN": 16}, {"BM": 64, "BN": 32}, {"BN": 128}])
-def test_dropout_does_not_change_with_the_tiles(blocks: dict[str, int]) -> None:
-    layer, call = Layer("adapter", **SIZES), Call(Routing("gram"), drops=True)
+def test_dropout_does_not_change_with_the_tiles(blocks: dict[str, int], host: str) -> None:
+    layer, call = Layer(host, **SIZES), Call(Routing("gram"), drops=True)
     t = trained(layer, call)
     truth = gradients(run(layer, call, t, 0.25, "triton"), t)
     with tiles(**blocks):

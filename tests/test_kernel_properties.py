@@ -80,9 +80,12 @@ def test_no_rows(host: str, route: str, shape: tuple[int, int]) -> None:
         assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("host", ["adapter", "given_qkv"])
+@pytest.mark.parametrize("host", ["adapter", "given_qkv", "qkv_p3"])
 def test_memory_of_any_layout(host: str) -> None:
-    """Transposed, strided, expanded and at addresses that loads of 16 bytes do not take."""
+    """Transposed, strided, expanded and at addresses that loads of 16 bytes do not take.
+
+    All but a weight, by whose layout the plan is chosen.
+    """
     layer, call = Layer(host, **SIZES), Call(Routing("mul"))
     plain = trained(layer, call, torch.float16)
     expected = gradients(run(layer, call, plain, 0.0, "triton"), plain)
@@ -97,6 +100,7 @@ def test_memory_of_any_layout(host: str) -> None:
     }
     for name, layout in layouts.items():
         t = {k: layout(v.detach()).requires_grad_(v.requires_grad) for k, v in plain.items()}
+        t |= {"weight": plain["weight"]} if "weight" in plain else {}
         assert name == "odd" or not t["x_h"].is_contiguous()
         assert_equal(expected, gradients(run(layer, call, t, 0.0, "triton"), t))
     y = run(layer, call, plain, 0.0, "triton")
@@ -104,7 +108,7 @@ def test_memory_of_any_layout(host: str) -> None:
     assert torch.equal(ones, torch.autograd.grad(y, plain["A"], torch.ones_like(y))[0])
 
 
-@pytest.mark.parametrize("host", ["adapter", "linear", "given"])
+@pytest.mark.parametrize("host", ["adapter", "linear", "given", "qkv_p3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(host: str, dtype: torch.dtype) -> None:
     """fp32 parameters: dtypes and gradients as the reference has them under autocast."""
@@ -376,8 +380,9 @@ def test_nan_stays_nan(route: str) -> None:
     assert y[1, 2].isnan().all() and y.isnan().sum() == 16
 
 
-def test_an_infinity_stays_in_its_segment() -> None:
-    layer, call = Layer("qkv", **SIZES), Call(Routing("mul"))
+@pytest.mark.parametrize("host", ["qkv", "qkv_p3"])
+def test_an_infinity_stays_in_its_segment(host: str) -> None:
+    layer, call = Layer(host, **SIZES), Call(Routing("mul"))
     t = {k: v.detach() for k, v in trained(layer, call, torch.float16).items()}
     t["A"][: layer.r] *= 1e4  # what overflows is the first adapted segment, the last of y
     ours, theirs = (run(layer, call, t, 0.0, impl) for impl in ("triton", "reference"))

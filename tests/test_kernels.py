@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DTYPES, HOSTS, KERNEL_ROUTES, Call, Layer, compared
+from kernel_cases import BY_P3, DTYPES, HOSTS, KERNEL_ROUTES, Call, Layer, compared
 
 from fused_route import ROUTES, Route, Routing, identity, matrix, rank1, scale, shift
 from fused_route.reference import ACTIVATIONS
@@ -40,7 +40,7 @@ def check(layer: Layer, call: Call, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("route", KERNEL_ROUTES)
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", dict.fromkeys((*HOSTS, *BY_P3)))
 def test_routes(host: str, route: str, dtype: torch.dtype) -> None:
     check(Layer(host, T=37), Call(Routing(route)), dtype)
 
@@ -52,6 +52,14 @@ def test_images(image: str, route: str, dtype: torch.dtype) -> None:
     settings = dict(IMAGES[image])
     layer = Layer("qkv" if dtype == torch.float16 else "adapter", Nv=settings.pop("Nv", 1))
     check(layer, Call(Routing(route), **settings), dtype)
+
+
+@pytest.mark.parametrize("route", KERNEL_ROUTES)
+@pytest.mark.parametrize("image", IMAGES)
+def test_images_by_p3(image: str, route: str) -> None:
+    settings = dict(IMAGES[image])
+    layer = Layer("qv_p3", Nv=settings.pop("Nv", 1))
+    check(layer, Call(Routing(route), **settings), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,13 +80,33 @@ def test_wide_bottlenecks(host: str, R: str, route: str, dtype: torch.dtype) -> 
     check(Layer(host, S=2, T=19, Nv=Nv, d=48, n=24, r=r), Call(Routing(route)), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("host", "route"), [("linear_p3", "gram"), ("qkv_p3", "mul")])
+def test_shapes_by_p3(host: str, route: str, shape: str, dtype: torch.dtype) -> None:
+    check(replace(SHAPES[shape], host=host), Call(Routing(route)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("host", "r"), [("linear_p3", 200), ("qkv_p3", 100), ("qv_p3", 128)])
+def test_wide_bottlenecks_by_p3(host: str, r: int, dtype: torch.dtype) -> None:
+    """The product goes several steps through the bottleneck."""
+    check(Layer(host, S=2, T=19, Nv=2, d=48, n=24, r=r), Call(Routing("gram")), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("host", BY_P3)
+def test_without_a_bias_by_p3(host: str, dtype: torch.dtype) -> None:
+    check(Layer(host, biases=False), Call(Routing("mul")), dtype)
+
+
 @pytest.mark.parametrize(
     ("image", "dtype"),
     [("one", dtype) for dtype in DTYPES] + [(image, torch.float32) for image in IMAGES],
     ids=str,
 )
 @pytest.mark.parametrize("route", KERNEL_ROUTES)
-@pytest.mark.parametrize("host", ["adapter", "qkv"])
+@pytest.mark.parametrize("host", ["adapter", "qkv", "qkv_p3"])
 def test_dropout(host: str, route: str, image: str, dtype: torch.dtype) -> None:
     settings = dict(IMAGES.get(image, {}))
     layer = Layer(host, Nv=settings.pop("Nv", 1))
@@ -154,6 +182,7 @@ LEAVES = {
     "adapter": ("x_h", "x_r", "A", "b_A", "B", "b_B"),
     "linear": ("x_h", "x_r", "A", "B"),
     "given": ("x_h", "x_r", "A", "B", "base_out"),
+    "linear_p3": ("x_h", "x_r", "A", "B"),
 }
 
 

@@ -9,6 +9,7 @@ from cases import BUILT_IN
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
+    HOSTS,
     KERNEL_ROUTES,
     Call,
     Layer,
@@ -24,7 +25,7 @@ from fused_route import Routing, RoutingInput, routed_adapter, routed_linear
 
 NAN, INF = float("nan"), float("inf")
 drawn = settings(
-    max_examples=70,
+    max_examples=80,
     deadline=None,
     derandomize=True,
     database=None,
@@ -45,8 +46,8 @@ RELU = ("gram_relu", "ones_relu")
 def spoilt(t: dict[str, Tensor], name: str, value: float, part: float) -> dict[str, Tensor]:
     """The same leaves, one element of one of them replaced."""
     copies = {k: x.detach().clone() for k, x in t.items()}
-    flat = copies[name].view(-1)
-    flat[int(part * len(flat))] = value
+    x = copies[name]
+    x[torch.unravel_index(torch.tensor(int(part * x.numel())), x.shape)] = value
     return {k: x.requires_grad_(t[k].requires_grad) for k, x in copies.items()}
 
 
@@ -77,7 +78,7 @@ class Spoil:
 
 @st.composite
 def spoils(draw: Any, routes: tuple[str, ...]) -> Spoil:
-    host = draw(st.sampled_from(("adapter", "linear", "given", "qkv", "given_qkv")))
+    host = draw(st.sampled_from(HOSTS))
     route, image = draw(st.sampled_from(routes)), dict(draw(st.sampled_from(IMAGES)))
     layer = Layer(host, S=3, T=5, Nv=image.pop("Nv", 1), d=20, n=12, r=5)
     call = Call(Routing(route), **image)

@@ -4,8 +4,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from bench import sanitize
+from bench.offline.count_launches import count
 from bench.operands import Layer
 from bench.sanitize import CASES, KERNELS, Case
 from fused_route.plan import kernels
@@ -83,7 +86,8 @@ def test_what_does_not_run_or_is_not_finite_is_told(capsys: pytest.CaptureFixtur
     with mock.patch.object(sanitize, "CASES", cases):
         assert sanitize.run("cpu") == 1
         told = capsys.readouterr().out
-        assert "not launched: project, vector_gradient, matrix_gradient\n" in told
+        left_out = "project, routed_bottleneck, extended_product, vector_gradient, matrix_gradient"
+        assert f"not launched: {left_out}\n" in told
         assert sanitize.main(["--device", "cpu", "--share", "0/2"]) == 0  # others run the rest
         assert sanitize.main(["--device", "cpu", "--share", "1/2"]) == 0
         assert "not" not in capsys.readouterr().out
@@ -104,6 +108,33 @@ def test_every_mix_host_and_dtype_is_among_the_cases() -> None:
     assert {case.dtype for case in CASES} == {"bf16", "fp32"}
     assert {layer.route for layer in layers} >= {"none", "add", "mul", "gram"}
     assert any(layer.dropout > 0.0 for layer in layers) and any(case.many for case in CASES)
+    by_p3 = [case.layer for case in CASES if case.plan == "p3"]
+    assert {layer.host for layer in by_p3} == {"linear", "qkv"}
+    assert any(layer.dropout > 0.0 for layer in by_p3)
+
+
+def test_products_by_elements() -> None:
+    x, weight, bias = torch.randn(2, 5, 7), torch.randn(4, 7), torch.randn(4)
+
+    def products() -> list[torch.Tensor]:
+        y = F.linear(x, weight, bias)
+        return [y, y @ weight, x.mT @ x, F.linear(x.bfloat16(), weight.bfloat16())]
+
+    expected = products()
+    with sanitize.seen_products():
+        torch.testing.assert_close(products(), expected)
+        assert set(count(products).aten) == {"_to_copy", "mul", "sum", "add"}
+    torch.testing.assert_close(products(), expected, rtol=0, atol=0)
+    assert "__matmul__" not in vars(torch.Tensor)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("case", [case for case in CASES if case.layer.host != "adapter"])
+def test_kernels_read_no_product_of_cublas(case: Case) -> None:
+    """initcheck does not see what it stores."""
+    with sanitize.launched(), sanitize.seen_products():
+        ran = count(lambda: sanitize.faults(case, "cpu"))
+    assert not {"mm", "addmm", "bmm", "baddbmm"} & set(ran.aten)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +169,56 @@ def test_records_of_others_are_counted_apart(
     assert others[1] == "  others: 1 × (no kernel)"
 
 
+INITCHECK = """\
+========= Uninitialized __global__ memory read of size 16 bytes
+=========     at routed_forward+0x2670 in forward.py:87
+=========     by thread (0,0,0) in block (2,0,0)
+=========     Address 0x7f686e9e9800
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========         Host Frame: launch [0x238e] in __triton_launcher.cpython-312-x86_64-linux-gnu.so
+=========         Host Frame:  [0x18218f] in python3
+=========         Host Frame: forward in ops.py:109
+========= 
+"""
+NOT_PRINTED = (
+    "========= ERROR SUMMARY: 7157 errors were not printed. Use --print-limit option to adjust the "
+    "number of printed errors\n"
+)
+PRINTED = "linear mul bf16 P3\nlaunched: project 7, routed_forward 10\n"
+
+
+def test_logs_of_a_tool_and_of_the_program_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As compute-sanitizer 2025.3 wrote them on an H200."""
+    clean = tmp_path / "sanitize-racecheck.txt"
+    total = "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+    clean.write_text(f"{START}========= {total}\n")
+    beside = clean.with_suffix(".log")
+    beside.write_text(PRINTED)
+    assert sanitize.summarise([clean]) == 0
+    assert capsys.readouterr().out == f"sanitize-racecheck.txt: 0 of ours, 0 of others; {total}\n"
+    for cut_off in ("linear mul bf16 P3\n", None):
+        beside.unlink() if cut_off is None else beside.write_text(cut_off)
+        assert sanitize.summarise([clean]) == 1
+        why = "the program did not end, by this log or sanitize-racecheck.log"
+        assert capsys.readouterr().out.endswith(f"; {why}\n")
+
+    found = tmp_path / "sanitize-initcheck.txt"
+    summary = "========= ERROR SUMMARY: 7257 errors\n"
+    found.with_suffix(".log").write_text(PRINTED)
+    found.write_text(START + INITCHECK * 2 + summary)
+    assert sanitize.summarise([found]) == 1
+    first, kernel, record = capsys.readouterr().out.splitlines()
+    assert first.endswith("txt: 2 of ours, 0 of others; ERROR SUMMARY: 7257 errors")
+    assert kernel == "  routed_forward: 2"
+    assert record.endswith("2 × Uninitialized __global__ memory read of size 16 bytes at "
+                           "routed_forward+0x2670 in forward.py:87")  # fmt: skip
+    found.write_text(START + INITCHECK + summary + NOT_PRINTED)
+    assert sanitize.summarise([found]) == 1
+    assert "; records are missing\n" in capsys.readouterr().out
+
+
 def test_a_clean_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     total = "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
     path = log(tmp_path, LAUNCHED, total=total)
@@ -148,7 +229,7 @@ def test_a_clean_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("parts", "total", "why"),
     [
-        ((LAUNCHED,), "", "the program did not end"),
+        ((LAUNCHED,), "", "the sanitizer did not end"),
         (("========= Error: Device not supported\n",), "ERROR SUMMARY: 0 errors", "did not end"),
         ((LAUNCHED,), "ERROR SUMMARY: 5 errors were not printed. Use --print-limit", "are missing"),
     ],

@@ -1,6 +1,6 @@
 """Bytes that each kernel moves, tensor by tensor, are those of the table in kernels/README.md."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +18,7 @@ from fused_route import Route, Routing, rank1, routed_adapter, routed_linear
 pytest.importorskip("triton")
 
 from fused_route.kernels.launch import Launch
+from fused_route.plan import cdiv
 
 pytestmark = pytest.mark.interpret
 
@@ -38,8 +39,10 @@ ROUTES: dict[str, tuple[str | Route, int]] = {  # by mix: a route, and the Nv th
     "matrix": ("gram", 3),
 }
 SEGMENTS = {"linear": ((0,), 1), "given": ((0,), 1), "qkv": ((0, 2), 3)}
+SEGMENTS |= {f"{host}_p3": SEGMENTS[host] for host in ("linear", "qkv")}
 
-# X: bytes of x; Y: of the adapted columns of y; H: of a bottleneck tensor (M, R).
+# X: bytes of x; Y: of the adapted columns of y; H: of a bottleneck tensor (M, R). P3's product has
+# all columns of y, the ones that are not adapted too.
 DESIGN: dict[str, dict[str, Callable[[int, int, int], int]]] = {
     "routed_forward": {
         "adapter": lambda X, Y, H: 2 * X + H,
@@ -52,12 +55,22 @@ DESIGN: dict[str, dict[str, Callable[[int, int, int], int]]] = {
         "linear": lambda X, Y, H: Y + 2 * X + 3 * H,
         "qkv": lambda X, Y, H: Y + 2 * X + 3 * H,
         "given": lambda X, Y, H: Y + X + 3 * H,  # autograd adds the base's own dx: 3X more
+        "linear_p3": lambda X, Y, H: Y + 3 * H,
+        "qkv_p3": lambda X, Y, H: Y + 3 * H,
     },
     "weight_partials": dict.fromkeys(
-        ("adapter", "linear", "qkv", "given"), lambda X, Y, H: X + Y + 2 * H
+        ("adapter", "linear", "qkv", "given", "linear_p3", "qkv_p3"),
+        lambda X, Y, H: X + Y + 2 * H,
     ),
+    "routed_bottleneck": dict.fromkeys(("linear_p3", "qkv_p3"), lambda X, Y, H: X + 2 * H),
+    "extended_product": {
+        "linear_p3": lambda X, Y, H: X + H + Y,
+        "qkv_p3": lambda X, Y, H: X + H + Y * 3 // 2,
+    },
 }
+DESIGN["extended_product, backward"] = DESIGN["extended_product"]
 OF_ALL_ROWS = {
+    *("wide", "narrow", "out"),
     *("x", "x=base", "base", "y", "y=base", "x_t"),
     *("dy", "dy=base", "dx", "dx=base", "dx_t", "z"),
 }
@@ -94,6 +107,8 @@ def traffic() -> Iterator[dict[str, Seen]]:
         # An element of y or dx is loaded, as the base, before the same program stores it.
         assert counter.loads_after_stores == set()
         kernel = self.kernel.fn.__name__
+        if kernel == "extended_product" and kernel in seen:
+            kernel += ", backward"
         assert kernel not in seen
         programs = grid[0] * grid[1] * grid[2]
         seen[kernel] = Seen(programs, counter.table(), self.constants.get("BM", 1))
@@ -116,6 +131,14 @@ class Case:
     @property
     def g(self) -> int:
         return len(SEGMENTS.get(self.host, ((0,), 1))[0])
+
+    @property
+    def is_p3(self) -> bool:
+        return self.host.endswith("_p3")
+
+    @property
+    def of(self) -> int:
+        return SEGMENTS.get(self.host, ((0,), 1))[1]
 
     @property
     def n(self) -> int:
@@ -151,12 +174,14 @@ class Case:
                     named["base_out"] = leaf(S, T, of * N)
                 else:
                     named["weight"] = torch.randn(of * N, D, dtype=self.dtype)
+                    named["bias"] = torch.randn(of * N, dtype=self.dtype)
+                    named["plan"] = "p3" if self.is_p3 else "auto"
                 y = routed_linear(x, A, B, x_r, adapted=adapted, of=of, **named)
             y.backward(torch.randn_like(y))
         return seen
 
 
-def used(expected: dict[str, int | None]) -> dict[str, int]:
+def used(expected: Mapping[str, int | None]) -> dict[str, int]:
     """Without the tensors that this case does not have."""
     return {name: size for name, size in expected.items() if size}
 
@@ -174,15 +199,26 @@ def operands(case: Case) -> dict[str, int]:
     return {f"{name}:ld": case.operand for name in names}
 
 
-def forward(case: Case) -> dict[str, int]:
-    """K1."""
+def forward(case: Case) -> dict[str, dict[str, int]]:
+    """K1; by P3 as far as the bottleneck, then the product."""
     X, Y, H = case.XYH
     moved = {f"{name}:ld": size for name, size in weights(case).items()} | operands(case)
+    if case.is_p3:
+        B = moved.pop("B:ld")
+        z = {**moved, "x:ld": X, "x_t:st": H, "z:st": H, "seed:ld": case.drops and 8}
+        ours = {"wide:ld": X, "narrow:ld": H, "factor:ld": B, **base(case)}
+        ours |= {"out:st": Y * case.of // case.g, "bias:ld": BYTES * case.of * N}
+        return {"routed_bottleneck": used(z), "extended_product": ours}
     y = {
         "adapter": {"x=base:ld": X, "y:st": X},
         "given": {"x:ld": X, "base:ld": Y, "y:st": Y},
     }.get(case.host, {"x:ld": X, "y=base:ld": Y, "y=base:st": Y})
-    return used({**moved, **y, "x_t:st": H, "seed:ld": case.drops and 8})
+    return {"routed_forward": used({**moved, **y, "x_t:st": H, "seed:ld": case.drops and 8})}
+
+
+def base(case: Case) -> dict[str, int]:
+    """P3's product reads the frozen weight, all segments of it, in either direction."""
+    return {"weight:ld": BYTES * case.of * N * D}
 
 
 def pairs(case: Case, block: int) -> int:
@@ -190,8 +226,11 @@ def pairs(case: Case, block: int) -> int:
     return SUMS * case.R * len({(m // block, m // T) for m in range(M)})
 
 
-def backward(case: Case) -> dict[str, int]:
-    """K2. Of one vector x_v for both operands there is one sum; of K none, but dz for it."""
+def backward(case: Case) -> dict[str, dict[str, int]]:
+    """K2. Of one vector x_v for both operands there is one sum; of K none, but dz for it.
+
+    By P3 dx, and the mask of dropout, are the product's.
+    """
     X, Y, H = case.XYH
     dx = {
         "adapter": {"dy=base:ld": Y, "dx:st": X},
@@ -205,7 +244,20 @@ def backward(case: Case) -> dict[str, int]:
     elif case.mix != "identity":
         moved["dw:st"] = partial
         moved["du:st"] = partial if case.mix == "rank1_operand" else 0
-    return used({**moved, "seed:ld": case.drops and 8})
+    seed = {"seed:ld": case.drops and 8}
+    if not case.is_p3:
+        return {"routed_backward": used({**moved, **seed})}
+    for name in ("A:ld", "dx=base:ld", "dx=base:st"):
+        del moved[name]
+    ours: dict[str, int | None] = {
+        "wide:ld": Y * case.of // case.g,
+        "narrow:ld": H,
+        "out:st": X,
+        **base(case),
+        **seed,
+    }
+    ours["factor:ld"] = weights(case)["A"]
+    return {"routed_backward": used(moved), "extended_product, backward": used(ours)}
 
 
 def operand_gradients(case: Case) -> dict[str, dict[str, int]]:
@@ -259,14 +311,25 @@ CASES = [
 CASES += [Case(host, mix, 16, drops=True) for host in ("adapter", "qkv") for mix in ROUTES]
 CASES += [Case("given", mix, 64) for mix in ROUTES]
 CASES += [Case("adapter", "scale", 64, dtype=torch.float16)]
+CASES += [Case("linear_p3", mix, 64) for mix in ROUTES]
+CASES += [Case("qkv_p3", mix, R, drops=drops) for mix in ("scale", "matrix")
+          for R, drops in ((16, True), (128, False))]  # fmt: skip
 
 
 def requested(case: Case, kernel: str) -> dict[str, int]:
     """How often tensors are asked for, from the L2 cache if not from memory: A and B by everyone.
 
-    K1 of an adapter comes back to x as its base, K2 to x_t for the operand's gradient.
+    K1 of an adapter comes back to x as its base, K2 to x_t for the operand's gradient. Every column
+    tile of P3's product comes back to x and, where it is adapted, to z; every row block to W.
     """
-    if kernel not in ("routed_forward", "routed_backward"):
+    if kernel.startswith("extended_product"):
+        launch = case.seen[kernel]
+        blocks = cdiv(M, launch.rows)
+        tiles, of_z = launch.programs // blocks, launch.programs // blocks
+        if kernel == "extended_product":  # z's columns are their own segment's
+            of_z = tiles // case.of
+        return {"wide:ld": tiles, "narrow:ld": of_z, "weight:ld": blocks, "factor:ld": blocks}
+    if kernel not in ("routed_forward", "routed_bottleneck", "routed_backward"):
         return {"x:ld": 1, "dy:ld": 1} if kernel == "weight_partials" else {}
     programs = case.seen[kernel].programs
     again = case.mix not in ("identity", "matrix")
@@ -281,7 +344,7 @@ def case_id(case: Case) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_bytes_of_each_tensor(case: Case) -> None:
-    expected = image(case) | {"routed_forward": forward(case), "routed_backward": backward(case)}
+    expected = image(case) | forward(case) | backward(case)
     expected |= operand_gradients(case) | weight_gradients(case)
     assert case.seen.keys() == expected.keys()
     for kernel, (_, moved, _) in case.seen.items():

@@ -155,7 +155,7 @@ def packed_call(layer: Layer, route: str, t: dict[str, Tensor], impl: str) -> Te
         )
     base: dict[str, Any] = {name: t.get(name) for name in ("weight", "bias", "base_out")}
     return routed_linear(
-        t["x_h"], t["A"], t["B"], given, **base, adapted=adapted, of=of, **settings
+        t["x_h"], t["A"], t["B"], given, **base, adapted=adapted, of=of, plan=layer.plan, **settings
     )
 
 

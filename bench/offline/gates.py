@@ -38,11 +38,15 @@ STEPS = {
     "u_ptr": ("R",),
     "w_ptr": ("R", "C"),
     "partial_ptr": ("R", "A_SIZE", "B_SIZE", "b_A_SIZE", "b_B_SIZE"),
+    "wide_ptr": ("K",),
+    "weight_ptr": ("WEIGHT", "N"),
+    "narrow_ptr": ("LDN", "RANK"),
+    "factor_ptr": ("FACTOR",),
 }
 # As many bytes as the hidden states, and read from device memory: no tile may be too small.
-LARGE = ("x_ptr", "x_r_ptr", "dy_ptr", "base_ptr")
+LARGE = ("x_ptr", "x_r_ptr", "dy_ptr", "base_ptr", "wide_ptr")
 # Biases, a seed, codes of rows, offsets of samples: read once a program, or once a column block.
-VECTORS = ("b_A_ptr", "b_B_ptr", "seed_ptr", "row_sample_ptr", "offsets_ptr")
+VECTORS = ("b_A_ptr", "b_B_ptr", "bias_ptr", "seed_ptr", "row_sample_ptr", "offsets_ptr")
 
 
 class Case(NamedTuple):
@@ -73,7 +77,9 @@ def narrow(load: Load, specialisation: Specialisation) -> str | None:
     if load.argument not in STEPS:
         return f"{load.argument} is not in the table of rows"
     values = specialisation.values
-    values["RANK"] = values.get("R", 0) // len(values.get("SEGMENTS", (0,)))
+    values.setdefault("RANK", values.get("R", 0) // len(values.get("SEGMENTS", (0,))))
+    for name, strides in (("WEIGHT", ("SWK", "SWN")), ("FACTOR", ("SFC", "SFN"))):
+        values[name] = max(values.get(stride, 0) for stride in strides)  # the other one is 1
     if values.get("MIX", "matrix") == "matrix":
         values["C"] = values.get("R", 0) // values.get("G", 1)
     element = int(str(specialisation.types[load.argument]).lstrip("*bfpi")) // 8
@@ -96,6 +102,32 @@ def by_scalars(asm: dict[str, Any], seen: Resources) -> int:
     return len(re.findall(r"tt\.dot .*parent = #blocked", asm["ttgir"])) or int(seen.matrix == 0)
 
 
+ALIAS = re.compile(r"(%\w+) = ttg\.memdesc_(?:index|trans) (%\w+)")
+SLOTS = re.compile(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x")
+COPIED = re.compile(r"ttg\.async_copy_global_to_local %\w+, (%\w+)")
+READ = re.compile(r"ttng\.warp_group_dot (%\w+), (%\w+), .*isAsync = true")
+
+
+def overwritten(ttgir: str, stages: int) -> int:
+    """Buffers of a pipelined loop that are filled again while a product may still read them.
+
+    On sm_90 a product ends one step late (Triton waits for all but one), and copies run stages − 1
+    steps ahead, so a buffer needs as many slots as there are stages. Triton counts too few for a
+    load that something else than the product uses as well.
+    """
+    source = dict(ALIAS.findall(ttgir))
+    slots = {name: int(count) for name, count in SLOTS.findall(ttgir)}
+
+    def buffer(name: str) -> str:
+        while name in source:
+            name = source[name]
+        return name
+
+    copied = {buffer(name) for name in COPIED.findall(ttgir)}
+    read = {buffer(name) for pair in READ.findall(ttgir) for name in pair}
+    return sum(slots.get(name, stages) < stages for name in copied & read)
+
+
 def faults(specialisation: Specialisation, compiled: Any, seen: Resources) -> Iterator[str]:
     """Everything that a compiled kernel does not meet."""
     if seen.spills or seen.stack:
@@ -104,6 +136,9 @@ def faults(specialisation: Specialisation, compiled: Any, seen: Resources) -> It
         yield f"does not fit: {seen.shared / 1024:.1f} KB shared, {seen.registers} registers"
     if scalar := by_scalars(compiled.asm, seen):
         yield f"{scalar} products without matrix instructions"
+    if isinstance(compiled.metadata.arch, str) and compiled.metadata.arch.startswith("sm"):
+        if count := overwritten(compiled.asm["ttgir"], specialisation.tile.stages):
+            yield f"{count} buffers overwritten while a product reads them"
     if seen.atomics:
         yield f"{seen.atomics} atomics"
     parameters = [name for name, kind in specialisation.arguments if kind is not None]
@@ -135,16 +170,59 @@ LIGHTER = (("adapter", "identity", "none"), ("adapter", "shift", "owned"),
 CHIPS = {"bf16": ARCHITECTURES, "fp16": ARCHITECTURES, "fp32": (80, 90, 100), "tf32": (80, 90, 100)}
 
 
+# P3: the product's tiles grow with neither R nor the mix, and fit every chip; of the other kernels
+# K1 up to the bottleneck, and K2 without dx, have no column tiles, but the tiles of K1 and K2.
+P3_HEAVIEST = (("frozen", "rank1", "owned"), ("frozen_qv", "rank1", "operand"),
+               ("frozen", "matrix", "operand"))  # fmt: skip
+P3_KERNELS = ("extended_product", "routed_bottleneck", "routed_backward")
+PRODUCT_CHIPS: dict[str, tuple[int | str, ...]] = {
+    "bf16": (*ARCHITECTURES, 86, 89, 120), "fp16": (80, 90),
+    "fp32": (80, 90, 100, 120), "tf32": (80, 90, 100, 120),
+}  # fmt: skip
+
+
 def layers_of(
-    mixes: Sequence[tuple[str, str, str]], d: int, numbers: str, p: float = 0.1
+    mixes: Sequence[tuple[str, str, str]], d: int, numbers: str, p: float = 0.1, **more: Any
 ) -> list[Layer]:
     """One for each host, mix and image, for every R_PAD, with few and many rows."""
     return [
-        Layer(host, mix, image, R, d, numbers, rows, p)
+        Layer(host, mix, image, R, d, numbers, rows, p, **more)
         for R in RANKS
         for rows in ("few", "many")
         for host, mix, image in mixes
     ]
+
+
+def product_cases(
+    numbers: str, chips: Sequence[int | str], R: int, widths: Sequence[int] = (768, 1000)
+) -> list[Case]:
+    """P3's product, forward with a bias and backward with dropout, of weights by rows, by columns.
+
+    Of two segments, R = 256 takes several steps through the bottleneck; 16 half of one.
+    """
+    layers = [
+        Layer("frozen_qv", "rank1", "owned", R, d, numbers, rows, plan="p3", by_columns=by_columns)
+        for d in widths
+        for rows in ("few", "many")
+        for by_columns in (False, True)
+    ]
+    return [case for case in unique(layers, chips) if name_of(case) == "extended_product"]
+
+
+def p3_cases() -> list[Case]:
+    """The product on all chips; the other kernels that only P3 launches on those of its dtype."""
+    cases = []
+    for numbers, chips in PRODUCT_CHIPS.items():
+        cases += product_cases(numbers, chips, 256) + product_cases(numbers, (90,), 16)
+        layers = layers_of(P3_HEAVIEST, 768, numbers, plan="p3")
+        others = unique(layers, CHIPS[numbers] if numbers in ("bf16", "fp32") else (90,))
+        cases += [case for case in others if name_of(case) in P3_KERNELS[1:]]
+    return cases
+
+
+def name_of(case: Case) -> str:
+    """The kernel's own name."""
+    return case.specialisation.kernel.partition(":")[2]
 
 
 def all_cases() -> list[Case]:
@@ -158,29 +236,42 @@ def all_cases() -> list[Case]:
     for numbers, chips in CHIPS.items():
         for d in (768, 1000):
             cases += unique(layers_of(HEAVIEST, d, numbers), chips)
-    return cases
+    return cases + p3_cases()
 
 
 def quick_cases() -> list[Case]:
-    """At most 200: every row of the tile table, at each of its mixes once, chips in turn."""
+    """At most 200: every row of the tile tables, at each of its mixes once, its chips in turn."""
     cases = []
     for numbers in ("bf16", "fp32"):
-        rows: dict[tuple[Any, ...], Case] = {}
-        for case in unique(layers_of(HEAVIEST[:3], 768, numbers), (90,)):
+        rows: dict[tuple[Any, ...], dict[int | str, Case]] = {}
+        for case in unique(layers_of(HEAVIEST[:3], 768, numbers), CHIPS[numbers]):
             s, values = case.specialisation, case.specialisation.values
             is_matrix = values.get("MIX") == "matrix"
-            rows.setdefault((s.kernel, is_matrix, case.layer.R, s.tile), case)
-        chips = CHIPS[numbers]
-        cases += [c._replace(arch=chips[i % len(chips)]) for i, c in enumerate(rows.values())]
-    return cases
+            by_chip = rows.setdefault((s.kernel, is_matrix, case.layer.R, s.tile), {})
+            by_chip.setdefault(case.arch, case)
+        for i, by_chip in enumerate(rows.values()):
+            of_turn = list(by_chip.values())
+            cases.append(of_turn[i % len(of_turn)])
+    return cases + quick_p3_cases()
+
+
+def quick_p3_cases() -> list[Case]:
+    """Every tile of the product in both directions and layouts, where shared memory is least."""
+    rows: dict[tuple[Any, ...], Case] = {}
+    for numbers, chips in (("bf16", (86, 90)), ("fp32", (80,))):
+        for case in product_cases(numbers, chips, 256, (768,)):
+            s = case.specialisation
+            by_columns = s.values["SWN"] == 1
+            rows.setdefault((s.tile, s.types["seed_ptr"], by_columns), case)
+    return list(rows.values())
 
 
 def unique(layers: Sequence[Layer], chips: Sequence[int | str]) -> list[Case]:
     """What these layers launch, for these chips, each once."""
     cases: dict[tuple[Specialisation, int | str], Case] = {}
     for layer in layers:
-        for s in launched_by(layer):
-            for chip in chips:
+        for chip in chips:
+            for s in launched_by(layer, chip // 10 if isinstance(chip, int) else None):
                 cases.setdefault((s, chip), Case(layer, s, chip))
     return list(cases.values())
 

@@ -31,6 +31,10 @@ LAYERS = {
     "linear, base given": Layer("given"),
     "qkv, 2 of 3": Layer("qkv"),
     "qkv, 2 of 3, base given": Layer("given_qkv"),
+    "linear, P3": Layer("linear", plan="p3"),
+    "linear, P3, recompute": Layer("linear", recompute=True, plan="p3"),
+    "linear, P3, 3 visual tokens": Layer("linear", "gram", Nv=3, plan="p3"),
+    "qkv, 2 of 3, P3": Layer("qkv", plan="p3"),
 }
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -122,7 +123,8 @@ class Layer:
     """A routed layer of widths d → d with dropout p, packed rows and all gradients wanted.
 
     An adapter has biases and gelu; of two segments each is routed by itself. x_t goes through relu
-    before the mix. Every mix but "matrix" can own its image.
+    before the mix. Every mix but "matrix" can own its image. plan: of a frozen base, whose weight
+    lies by rows or by columns (by_columns).
     """
 
     host: str
@@ -134,6 +136,8 @@ class Layer:
     rows: str
     p: float = 0.1
     x_t: str = "saved"
+    plan: str = "p1"
+    by_columns: bool = False
 
     def fusion(self) -> Fusion:
         base, of, segments = HOSTS[self.host]
@@ -152,6 +156,7 @@ class Layer:
             of=of,
             x_t=self.x_t,
             products=NUMBERS[self.numbers][2],
+            plan=self.plan,
         )
 
     def inputs(self, f: Fusion) -> Inputs:
@@ -169,6 +174,9 @@ class Layer:
 
         vector = a(S, R) if self.image == "operand" and self.mix != "identity" else None
         frozen, adapter = f.base == "frozen", f.base == "residual"
+        weight = None
+        if frozen:
+            weight = x(d, f.of * d).mT if self.by_columns else x(f.of * d, d)
         return Inputs(
             x=x(M, d),
             x_r=x(S, d) if self.image == "owned" else None,
@@ -178,7 +186,7 @@ class Layer:
             b_A=a(R) if adapter else None,
             B=a(len(f.segments) * d, R // len(f.segments)),
             b_B=a(d) if adapter else None,
-            weight=x(f.of * d, d) if frozen else None,
+            weight=weight,
             bias=x(f.of * d) if frozen else None,
             base_out=x(M, f.of * d) if f.base == "given" else None,
             seed=index(1) if self.p > 0.0 else None,
@@ -187,11 +195,11 @@ class Layer:
         )
 
 
-def launched_by(layer: Layer) -> dict[Specialisation, None]:
-    """What one forward and one backward pass of the layer launch."""
+def launched_by(layer: Layer, major: int | None = None) -> dict[Specialisation, None]:
+    """What one forward and one backward pass launch, on a GPU of this major compute capability."""
     f, longest = layer.fusion(), ROWS[layer.rows]
     t = layer.inputs(f)
-    with recorded() as seen:
+    with recorded() as seen, mock.patch.object(ops, "major_of", lambda device: major):
         plan = ops.plan_for(f, t)
         y, x_t, x_v = ops.forward(plan, t, longest, 0.5, layer.x_t == "saved")
         wanted = Wanted(*(tensor is not None for tensor in t[:8]))

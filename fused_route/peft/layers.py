@@ -14,7 +14,7 @@ from ..modules import AdapterCall, LinearCall, behind, in_front
 
 # Attributes of a layer that are no parameters.
 SETTINGS = {
-    "lora": ("rank", "alpha", "adapted", "of"),
+    "lora": ("rank", "alpha", "adapted", "of", "plan"),
     "adapter": ("rank", "activation", "residual", "norm"),
 }
 PARAMETERS = frozenset(name for host in HOSTS.values() for name in host.tensors)

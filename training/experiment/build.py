@@ -91,6 +91,7 @@ def build(recipe: Recipe, answers: Sequence[str] = ()) -> Built:
         modules=recipe.modules,
         tasks=recipe.tasks,
         impl=recipe.impl,
+        plan=recipe.plan,
     )
     if recipe.compat == "eccv24":
         draw_published(model)

@@ -14,7 +14,7 @@ import yaml
 
 from fused_route import RoutedConfig
 from fused_route.checks import one_of, whole
-from fused_route.functional import IMPLS
+from fused_route.functional import IMPLS, PLANS
 from fused_route.training.data.layouts import LAYOUTS
 from fused_route.training.data.samples import BROKEN, Source
 from fused_route.training.metrics.vqa_accuracy import NORMALIZE
@@ -157,7 +157,7 @@ class Recipe:
         select: what "best" means: "score", the mean of the tasks' main scores on the validation
             splits; "loss" there.
         patience: evaluations without progress after which training ends; null: never.
-        impl: of the routed layers, as in `RoutedLinear`.
+        impl, plan: of the routed layers, as in `RoutedLinear`; adapters have no plan.
 
     Raises:
         ValueError: a value that is not accepted, or settings that contradict each other.
@@ -179,6 +179,7 @@ class Recipe:
     select: str = "score"
     patience: int | None = None
     impl: str = "auto"
+    plan: str = "auto"
 
     def __post_init__(self) -> None:
         for name, accepted in NAMED.items():
@@ -223,4 +224,5 @@ NAMED = {
     "broken": BROKEN,
     "select": SELECTION,
     "impl": IMPLS,
+    "plan": PLANS,
 }

@@ -129,6 +129,7 @@ def tune(
     heads: int = 4,
     tasks: Iterable[str] = (),
     impl: Any = "auto",
+    plan: Any = "auto",
 ) -> Tuned:
     """Puts what is trained into a model and freezes the rest; arguments as in `Recipe`.
 
@@ -148,4 +149,4 @@ def tune(
         return CrossAttention(
             attach_cross_attention(model, config, heads=heads, context=model.context)
         )
-    return Shared(attach(model, config, impl=impl))
+    return Shared(attach(model, config, impl=impl, plan=plan))
