@@ -385,5 +385,8 @@ def main(arguments: Namespace, tools: Tools | None = None) -> int:
     if open_jobs := len(set(wanted) - log.done()) + left:
         print(f"next: python -m bench tune --out {log.path} again, {open_jobs} tiles are left")
     else:
-        print("next: these rows into kernels/config.py, then python -m bench gates")
+        print(
+            "next: these rows into kernels/config.py, of TUNED where it has the cell for this GPU, "
+            "then python -m bench gates"
+        )
     return 0

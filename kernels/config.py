@@ -1,9 +1,10 @@
 """Tiles by kernel, bottleneck width and element size: the only place where tuning is written down.
 
 A row is chosen by R_PAD (R padded to a power of two), by the bytes of an element of A and B, and by
-whether there are enough rows to fill a GPU with large blocks. The table serves every GPU from
-sm_80 on, and AMD's with `compiler_options`; `python -m bench gates` compiles all of it and shows
-registers, spills and shared memory. Why the tiles are what they are: README.md beside this file.
+whether there are enough rows to fill a GPU with large blocks. `TILES` serves every GPU from sm_80
+on, and AMD's with `compiler_options`; `TUNED` has what was measured to be faster on some.
+`python -m bench gates` compiles all of it and shows registers, spills and shared memory. Why the
+tiles are what they are: README.md beside this file.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ MAX_R = 256
 MANY_ROWS = 8192
 
 # Programs that K3 aims for: two for each of an H100's 132 multiprocessors. A constant, not a
-# property of the device, so that sums have the same order, hence the same bits, on every GPU.
+# property of the device: where tiles are the same, sums have the same order, hence the same bits.
 WEIGHT_PROGRAMS = 264
 
 
@@ -69,7 +70,7 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (64, 4): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
-        (128, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+        (128, 4): (Tile(16, 32, 4, 2, 128), Tile(16, 32, 4, 2, 128)),
         (256, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
     },
     "backward": {
@@ -81,7 +82,7 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2, 128), Tile(32, 32, 4, 2, 128)),
         (64, 4): (Tile(32, 32, 8, 2, 96), Tile(32, 32, 8, 2, 96)),
-        (128, 4): (Tile(16, 64, 8, 2), Tile(16, 64, 8, 2)),
+        (128, 4): (Tile(16, 64, 8, 2, 128), Tile(16, 64, 8, 2, 128)),
         (256, 4): (Tile(16, 32, 8, 1, 255), Tile(16, 32, 8, 1, 255)),
     },
     "backward_matrix": {
@@ -142,15 +143,18 @@ TUNED: dict[int, dict[str, dict[tuple[int, int], tuple[Tile, Tile]]]] = {
     9: {
         "forward": {
             (64, 2): (Tile(16, 256, 4, 3), Tile(64, 128, 8, 3)),
-            (128, 2): (Tile(16, 128, 4, 4), Tile(64, 64, 8, 4)),
+            (128, 2): (Tile(16, 128, 4, 4, 128), Tile(64, 64, 8, 4)),
+            (256, 2): (Tile(16, 128, 8, 2), Tile(32, 64, 8, 3)),
         },
         "backward": {
             (64, 2): (Tile(16, 128, 4, 4), Tile(64, 128, 8, 3)),
             (128, 2): (Tile(16, 128, 8, 3), Tile(64, 128, 8, 3)),
+            (256, 2): (Tile(16, 128, 8, 2), Tile(32, 64, 8, 3)),
         },
         "weights": {
             (64, 2): (Tile(64, 64, 4, 4), Tile(32, 128, 8, 3)),
             (128, 2): (Tile(64, 64, 4, 4), Tile(64, 128, 8, 3)),
+            (256, 2): (Tile(32, 64, 8, 4), Tile(32, 64, 8, 4)),
         },
     },
 }
@@ -168,7 +172,7 @@ class ProductTile(Tile):
 # every GPU, the smallest with 99 KB of shared memory a program, and AMD's with 64 KB.
 PRODUCTS: dict[int, tuple[ProductTile, ProductTile]] = {
     2: (ProductTile(64, 64, 4, 4, None, 64), ProductTile(128, 128, 8, 3, None, 64)),
-    4: (ProductTile(32, 64, 4, 3, None, 32), ProductTile(64, 64, 8, 3, None, 32)),
+    4: (ProductTile(32, 64, 8, 3, None, 32), ProductTile(64, 64, 4, 3, None, 32)),
 }
 # Instead, by (major compute capability, bytes of an element): 197 KB of shared memory.
 LARGE_PRODUCTS: dict[tuple[int | None, int], tuple[ProductTile, ProductTile]] = {

@@ -136,9 +136,8 @@ def faults(specialisation: Specialisation, compiled: Any, seen: Resources) -> It
         yield f"does not fit: {seen.shared / 1024:.1f} KB shared, {seen.registers} registers"
     if scalar := by_scalars(compiled.asm, seen):
         yield f"{scalar} products without matrix instructions"
-    if isinstance(compiled.metadata.arch, str) and compiled.metadata.arch.startswith("sm"):
-        if count := overwritten(compiled.asm["ttgir"], specialisation.tile.stages):
-            yield f"{count} buffers overwritten while a product reads them"
+    if count := overwritten(compiled.asm["ttgir"], specialisation.tile.stages):
+        yield f"{count} buffers overwritten while a product reads them"
     if seen.atomics:
         yield f"{seen.atomics} atomics"
     parameters = [name for name, kind in specialisation.arguments if kind is not None]
