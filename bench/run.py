@@ -205,7 +205,7 @@ def append(lines: Path, record: Record, where: str) -> None:
 def warm_up(cases: list[Case], names: list[str], arguments: Namespace) -> int:
     """Runs some cases' gates, so that compilers have their results on disk; says nothing of them.
 
-    Triton compiles in one thread: several processes at once save minutes of a short lease.
+    Triton compiles in one thread: several processes at once save minutes on a card.
     """
     from bench.measure import Settings, makers_of
 

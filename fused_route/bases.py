@@ -77,23 +77,30 @@ def plain_base(base: object) -> tuple[Tensor | None, Tensor | None]:
     if not is_conv1d and type(base) is not nn.Linear:
         return None, None
     assert isinstance(base, nn.Module)
-    everywhere = torch.nn.modules.module
-    hooks = (
+    own_hooks = (
         base._forward_hooks,
         base._forward_pre_hooks,
         base._backward_hooks,
         base._backward_pre_hooks,
+    )
+    weight, bias = base.weight, base.bias
+    is_plain = type(weight) in (nn.Parameter, Tensor) and "forward" not in vars(base)
+    if any(own_hooks) or are_all_hooked() or not is_plain:
+        return None, None
+    assert isinstance(weight, Tensor) and isinstance(bias, (Tensor, type(None)))
+    return (weight.T if is_conv1d else weight), bias
+
+
+def are_all_hooked() -> bool:
+    """Whether hooks on all modules, as profilers have them, want every base called."""
+    everywhere = torch.nn.modules.module
+    hooks = (
         everywhere._global_forward_hooks,
         everywhere._global_forward_pre_hooks,
         everywhere._global_backward_hooks,
         everywhere._global_backward_pre_hooks,
     )
-    weight, bias = base.weight, base.bias
-    is_plain = type(weight) in (nn.Parameter, Tensor) and "forward" not in vars(base)
-    if any(hooks) or not is_plain:
-        return None, None
-    assert isinstance(weight, Tensor) and isinstance(bias, (Tensor, type(None)))
-    return (weight.T if is_conv1d else weight), bias
+    return any(hooks)
 
 
 def weight_kind(

@@ -59,9 +59,9 @@ def routed_linear(
             they cover the call (docs/kernels.md has the table).
         plan: of the kernels, for a frozen `weight`: "p1", the base's product by torch, to which a
             kernel adds the update; "p3", one product over x_h and the bottleneck, forward and
-            backward; or "auto", the one that was measured to be faster at this size, in bf16 and
-            fp16. A weight that is neither stored by rows nor by columns runs by "p1"; without a
-            frozen one "p3" is refused.
+            backward; or "auto", "p3" at sizes like those at which it was measured to be faster
+            (docs/kernels.md). A weight that is neither stored by rows nor by columns runs by
+            "p1"; without a frozen one "p3" is refused.
 
     Returns:
         (…, of·n), in the dtype of the base's output.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import check_segments
-from .bases import base_features, plain_base, weight_kind
+from .bases import are_all_hooked, base_features, plain_base, weight_kind
 from .bottleneck import NO_MORE, Bottleneck, More, Routed
 from .checks import finite, one_of, shown, truth
 from .context import RoutingContext
@@ -58,10 +58,14 @@ class LinearCall(Routed):
         """The layer with this down-projection; the base is called with `more` beside x_h."""
         args, kwargs = more
         weight = bias = None
+        plan = self.plan
         if base_out is None:
             weight, bias = (None, None) if args or kwargs else plain_base(self.base)
         if base_out is None and weight is None:
-            if self.plan == "p3":
+            # what watches all modules, or an export, calls a base that p3 could read
+            if are_all_hooked() or torch.compiler.is_exporting():
+                plan = "auto"
+            if plan == "p3":
                 raise ValueError(
                     f"{self.label}: plan='p3' needs a base whose weight it reads, an nn.Linear or "
                     f"Conv1D without hooks and other arguments; base={type(self.base).__name__} is "
@@ -78,7 +82,7 @@ class LinearCall(Routed):
             s=self.s,
             adapted=self.adapted,
             of=self.of,
-            plan=self.plan,
+            plan=plan,
             **arguments,
         )
 

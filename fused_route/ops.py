@@ -62,11 +62,11 @@ def _plan(
 def plan_for(f: Fusion, t: Inputs) -> Plan:
     """The plan of a call."""
     R, D = t.A.shape
-    M = t.x.numel() // D
+    M, N = t.x.numel() // D, t.B.shape[0] // len(f.segments)
     if f.plan == "auto":
-        f = f._replace(plan=chosen_plan(f, t.A, M))
+        f = f._replace(plan=chosen_plan(f, t.A, N, M))
     return _plan(
-        f, D, t.B.shape[0] // len(f.segments), R, is_many(M), major_of(t.A.device),
+        f, D, N, R, is_many(M), major_of(t.A.device),
         t.A.dtype, t.x.dtype, t.B.dtype,
         *(
             None if tensor is None else tensor.dtype

@@ -56,10 +56,11 @@ def major_of(device: torch.device) -> int | None:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def chosen_plan(f: Fusion, A: Tensor, M: int) -> str:
-    """What the plan "auto" is for M rows."""
-    config = kernels().config
-    is_faster = config.extends(major_of(A.device), A.element_size(), A.shape[1], M)
+def chosen_plan(f: Fusion, A: Tensor, N: int, M: int) -> str:
+    """What the plan "auto" is for M rows and segments of N columns."""
+    width, share = max(A.shape[1], N), len(f.segments) / f.of
+    extends = kernels().config.extends
+    is_faster = extends(major_of(A.device), A.element_size(), width, share, M)
     return "p3" if f.base == "frozen" and is_faster else "p1"
 
 

@@ -180,9 +180,11 @@ LARGE_PRODUCTS: dict[tuple[int | None, int], tuple[ProductTile, ProductTile]] = 
 }
 
 # Where P3 takes less time than torch's product and K1, forward and backward together: by major
-# compute capability (the largest D, the least M), for 16-bit elements. Measured on an H200
-# (docs/decisions.md); elsewhere, and in wider layers, which the product decides, torch's is safe.
+# compute capability (the largest D and N, the least M), for 16-bit elements. Measured on an H200 in
+# bf16 with 1 of 1 and 2 of 3 segments adapted (docs/decisions.md); elsewhere, in wider layers and
+# with a smaller share, where the product decides, torch's is the safe one.
 EXTENDS: dict[int, tuple[int, int]] = {9: (1024, MANY_ROWS)}
+LEAST_SHARE = 2 / 3  # of the segments
 
 # K4 has no matrix product, and one row.
 ADD = Tile(1, 1024, 4, 1)
@@ -211,12 +213,15 @@ def product_tile(major: int | None, size: int, many: bool, products: str) -> Pro
     return replace(found, stages=1) if products == "tf32" else found
 
 
-def extends(major: int | None, size: int, D: int, M: int) -> bool:
-    """Whether P3 is the faster plan on a GPU of this compute capability (None: not NVIDIA's)."""
-    if major not in EXTENDS or size != 2:
+def extends(major: int | None, size: int, width: int, share: float, M: int) -> bool:
+    """Whether P3 is the faster plan on a GPU of this compute capability (None: not NVIDIA's).
+
+    For M rows, D and N of at most `width`, and this share of the segments adapted.
+    """
+    if major not in EXTENDS or size != 2 or share < LEAST_SHARE:
         return False
     widest, fewest = EXTENDS[major]
-    return widest >= D and fewest <= M
+    return width <= widest and fewest <= M
 
 
 def compiler_options(tile: Tile, backend: str) -> dict[str, int]:

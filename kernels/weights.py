@@ -33,8 +33,7 @@ def transposed_product(
     c = tl.arange(0, C_PAD)
     acc = tl.zeros([BN, C_PAD], tl.float32)
     BY_PRODUCT: tl.constexpr = narrow_ptr is not None and wide_ptr.dtype.element_ty != tl.float32
-    one = tl.where(tl.arange(0, 16) == 0, 1.0, 0.0)[None, :] + tl.zeros([BM, 1], tl.float32)
-    by_product = tl.zeros([BN, 16], tl.float32)
+    by_product = tl.zeros([BN, 16], tl.float32)  # 16 equal columns, the fewest of a product
     sums = tl.zeros([BM, BN], tl.float32)
     # Pipelined, 4-byte elements of a transposed operand of TF32 are copied one by one; in one stage
     # each thread reads 16 bytes, and 4 programs or more a multiprocessor hide the wait.
@@ -50,7 +49,8 @@ def transposed_product(
             wide = tl.where(kept(seed_ptr, row, first, threshold, STREAM, BM, BN), wide, 0.0)
         if SUMS:
             if BY_PRODUCT:
-                by_product = tl.dot(tl.trans(wide), one.to(wide.dtype), by_product)
+                ones = tl.full([BM, 16], 1.0, wide.dtype)
+                by_product = tl.dot(tl.trans(wide), ones, by_product)
             else:
                 sums += wide.to(tl.float32)
         if narrow_ptr is not None:
@@ -59,7 +59,10 @@ def transposed_product(
                 mask=inside[:, None] & (c < C)[None, :], other=0.0,
             )  # (BM, C_PAD)  # fmt: skip
             acc = tl.dot(tl.trans(wide.to(narrow.dtype)), narrow, acc, input_precision=PRECISION)
-    return acc, tl.sum(by_product, 1) if BY_PRODUCT else tl.sum(sums, 0)
+    if BY_PRODUCT:
+        is_first = (tl.arange(0, 16) == 0)[None, :]
+        return acc, tl.sum(tl.where(is_first, by_product, 0.0), 1)
+    return acc, tl.sum(sums, 0)
 
 
 @triton.jit

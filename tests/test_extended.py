@@ -112,11 +112,12 @@ def test_the_automatic_plan(
 
 
 def test_where_the_automatic_plan_is_p3() -> None:
-    assert config.extends(9, 2, 1024, config.MANY_ROWS)
-    for other in ((8, 2, 768, 1 << 20), (10, 2, 768, 1 << 20), (None, 2, 768, 1 << 20)):
-        assert not config.extends(*other)
-    for size, D, M in ((4, 768, 1 << 20), (2, 1032, 1 << 20), (2, 768, config.MANY_ROWS - 1)):
-        assert not config.extends(9, size, D, M)
+    assert config.extends(9, 2, 1024, 2 / 3, config.MANY_ROWS)
+    assert not config.extends(9, 2, 1024, 1 / 3, config.MANY_ROWS)
+    for major in (8, 10, None):
+        assert not config.extends(major, 2, 768, 1.0, 1 << 20)
+    for size, width, M in ((4, 768, 1 << 20), (2, 1032, 1 << 20), (2, 768, config.MANY_ROWS - 1)):
+        assert not config.extends(9, size, width, 1.0, M)
 
 
 def odd(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 START, LAUNCHED = "========= COMPUTE-SANITIZER\n", "launched: project 7, routed_forward 10\n"
 INVALID = """\
 ========= Invalid __global__ read of size 4 bytes
-=========     at routed_forward+0x1230 in /work/kernels/parts.py:120
+=========     at routed_forward+0x1230 in /src/kernels/parts.py:120
 =========     by thread (0,0,0) in block (0,0,0)
 =========     Access at 0x7f74d5a00200 is out of bounds
 =========     and is 1 bytes after the nearest allocation at 0x7f74d5a00000 of size 512 bytes
@@ -29,9 +29,9 @@ INVALID = """\
 """
 INLINED = """\
 ========= Invalid __global__ write of size 2 bytes
-=========     at down_backward+0x90 in /work/kernels/backward.py:120
+=========     at down_backward+0x90 in /src/kernels/backward.py:120
 =========     by thread (3,0,0) in block (1,0,0)
-=========         Device Frame: routed_backward+0x5a0 in /work/kernels/backward.py:190
+=========         Device Frame: routed_backward+0x5a0 in /src/kernels/backward.py:190
 """
 RACE = """\
 ========= Error: Race reported between Write access at weight_partials+0x50 in weights.py:47
@@ -44,7 +44,7 @@ OLD_RACE = """\
 """
 UNINITIALISED = """\
 ========= Uninitialized __global__ memory read of size 4 bytes
-=========     at 0x160 in /work/kernels/weights.py:180:add_partials
+=========     at 0x160 in /src/kernels/weights.py:180:add_partials
 =========     by thread (7,0,0) in block (2,0,0)
 """
 TORCH = """\
