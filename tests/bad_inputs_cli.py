@@ -145,6 +145,28 @@ OPTIONS |= {
         "--skip-broken": FLAG,
     },
     "doctor": RECIPE,
+    "compare": {
+        "file": [
+            bad("empty", "", "easy-vqa-routes", "''"),
+            bad("name", "no/such.yaml", "easy-vqa-routes", "no/such.yaml"),
+            bad("name", folder("comparisons"), "easy-vqa-routes", "comparisons"),
+            bad("type", file("list.yaml", b"- 1"), "a comparison has", "list.yaml"),
+            bad("type", file("binary.yaml", b"\xff\xfe\x00"), "no YAML", "binary.yaml"),
+            bad("empty", file("empty.yaml", b""), "a comparison has", "empty.yaml"),
+            LONG,
+        ],
+        "--out": [
+            bad("name", file("file", b""), "name a folder", "file"),
+            bad("name", folder("mine", "notes.txt"), "a new or an empty folder", "mine"),
+            LONG,
+        ],
+        "--arm": [
+            bad("name", "no_such", "none, add, mul, gram", "no_such"),
+            bad("empty", "", "none, add, mul, gram", "''"),
+        ],
+        "--dry-run": FLAG,
+        "--skip-broken": FLAG,
+    },
 }
 OPTIONS["predict"]["--task"] = FLAG
 VALID: dict[str, dict[str, Callable[[Path], object]]] = {
@@ -159,6 +181,7 @@ VALID: dict[str, dict[str, Callable[[Path], object]]] = {
     "generate": {"--adapter": lambda _: "no/such", "--image": picture},
     "encode": {"recipe": lambda _: "no/such"},
     "doctor": {},
+    "compare": {"file": lambda _: "easy-vqa-routes"},
 }
 COMMANDS: list[Bad] = [
     bad("empty", [], "COMMAND"),

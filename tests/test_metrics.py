@@ -15,7 +15,14 @@ from typing import Any
 
 import pytest
 
-from fused_route.training.metrics.answers import exact_match, nlvr2_scores, vqa_scores
+from fused_route.training.metrics.answers import (
+    each_exact,
+    each_nlvr2,
+    each_vqa,
+    exact_match,
+    nlvr2_scores,
+    vqa_scores,
+)
 from fused_route.training.metrics.captions import caption_scores, ptb_words, regex_words
 
 needs_package = pytest.mark.skipif(
@@ -27,6 +34,14 @@ WITH_PTB = pytest.param("ptb", marks=needs_java)
 ANSWERS = {"q1": "yes", "q2": "red", "q3": "no", "q4": "cup"}
 GIVEN = {"q4": "cup", "q3": "yes", "q2": " Red", "q1": "yes"}
 KINDS = {"q1": "verify", "q2": "query", "q3": "verify", "q4": "query"}
+
+
+def test_scores_of_each() -> None:
+    assert each_exact(GIVEN, ANSWERS) == {"q1": 1.0, "q2": 0.0, "q3": 0.0, "q4": 1.0}
+    said = {key: [answer] for key, answer in ANSWERS.items()}
+    assert each_vqa(GIVEN, said, "always") == {"q1": 1.0, "q2": 1.0, "q3": 0.0, "q4": 1.0}
+    labels = {"dev-1-0-0": "True", "dev-1-1-0": "False"}
+    assert each_nlvr2(labels, dict.fromkeys(labels, "true")) == {"dev-1-0-0": 1.0, "dev-1-1-0": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -294,6 +309,7 @@ def test_by_hand() -> None:
     assert found.scores["bleu_2"] == pytest.approx(math.sqrt(3 / 4 * 1 / 2))
     assert found.scores["rouge_l"] == pytest.approx((1 + 1 / 2) / 2)
     assert found.scores["cider"] == pytest.approx(10 * (1 + 1 + 0 + 0) / 4 / 2)
+    assert found.each == pytest.approx({"1": 10 * (1 + 1 + 0 + 0) / 4, "2": 0.0})
     # two of three words, half as many as said: e^(1 − 6/3); their order is kept by two of six
     short = caption_scores({"1": "the the cat"}, {"1": ["the cat sat on a mat"]}, "regex").scores
     assert short["bleu_1"] == pytest.approx(2 / 3 * math.exp(-1))

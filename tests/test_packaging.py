@@ -285,6 +285,7 @@ def test_peft_imports_downward_only(module: str) -> None:
 
 
 ALONE = {"files", "packages"}
+REPORTING = {"plots", "tables"}
 MODELS = {"vlm", "vlm_config", "vlm_generate", "visual_tokens", "towers"}
 FEATURES = {"feature_cache", "feature_shards", "encoders"}
 BASELINES = {"baselines", "cross_attention"}
@@ -294,9 +295,11 @@ TRAINING_LAYERS = {  # of training/: what a folder, or a group of files, may imp
     tuple(sorted(MODELS)): ALONE,
     tuple(sorted(FEATURES)): {"towers", "data", *ALONE},
     tuple(sorted(BASELINES)): ALONE,
-    ("demo",): {"data", *FEATURES, *ALONE},
+    tuple(sorted(REPORTING)): ALONE,
+    ("demo",): {"data", *FEATURES, *REPORTING, *ALONE},
     ("experiment",): {"data", "metrics", "demo", *MODELS, *FEATURES, *BASELINES, *ALONE},
-    ("cli", "__main__"): {"experiment", "demo"},
+    ("comparison",): {"data", "experiment", *REPORTING, *ALONE},
+    ("cli", "__main__"): {"comparison", "experiment", "demo"},
     ("files",): set(),
     ("packages",): set(),
 }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fused_route.training import plots
 from fused_route.training.data import easy_vqa
 from fused_route.training.demo import figures, report
 
@@ -102,7 +103,7 @@ class TestReport:
 
     def test_figures_refuse_nothing(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="curves is empty"):
-            figures.learning_curves({}, tmp_path / "a.png", baselines={})
+            plots.learning_curves({}, tmp_path / "a.png", baselines={})
         with pytest.raises(ValueError, match="rows is empty"):
             figures.accuracy_bars([], tmp_path / "a.png", {})
         with pytest.raises(ValueError, match="examples is empty"):

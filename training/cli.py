@@ -10,6 +10,7 @@ from fused_route.checks import MOST
 
 DTYPES = ("float32", "float16", "bfloat16")
 RECIPES = sorted(file.stem for file in Path(__file__).parent.glob("experiment/recipes/*.yaml"))
+COMPARISONS = sorted(f.stem for f in Path(__file__).parent.glob("comparison/comparisons/*.yaml"))
 OVERRIDES = (
     "Any setting of the recipe may follow: --route gram, --tasks.vqa.root data/vqav2, or short "
     "--lr, --epochs, --steps, --batch_size, --rank, --out. Recipes that come with the package: "
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (_add_demo, _add_train, _add_eval, _add_predict, _add_generate, _add_encode):
         add(commands)
     _add_doctor(commands)
+    _add_compare(commands)
     return parser
 
 
@@ -146,6 +148,23 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     doctor.add_argument("recipe", nargs="?", help="a YAML file, or the name of one")
     doctor.set_defaults(run=_doctor, overrides=())
+
+
+def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="train and score arms of a recipe over seeds, with a report; goes on where it stopped",
+        epilog=f"{OVERRIDES} Comparisons that come with the package: {', '.join(COMPARISONS)}.",
+        allow_abbrev=False,
+    )
+    compare.add_argument("file", help="a YAML file, or the name of one that comes with the package")
+    compare.add_argument("--out", type=Path, help="folder of the results (runs/compare-NAME)")
+    compare.add_argument("--arm", action="append", help="of the arms; again for another; else all")
+    compare.add_argument(
+        "--dry-run", action="store_true", help="list runs, budgets and flags, and train nothing"
+    )
+    _add_skip_broken(compare)
+    compare.set_defaults(run=_compare, overrides=())
 
 
 def _add_skip_broken(parser: argparse.ArgumentParser) -> None:
@@ -260,3 +279,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     _quiet()
     return commands.doctor(arguments.recipe, arguments.overrides)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from fused_route.training.comparison import commands
+
+    _quiet()
+    return commands.compare(
+        arguments.file, arguments.overrides, out=arguments.out, arms=arguments.arm,
+        dry=arguments.dry_run,
+    )  # fmt: skip

@@ -35,6 +35,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
     ("py:class", r"(collections\.abc|contextlib|datasets|os|pathlib|PIL|torch|transformers)\..*"),
+    ("py:class", r"numpy\..*"),
     ("py:class", r"(fused_route\.\w+\.)?[A-Z]"),  # type variables
     ("py:class", r"(Peft|Task)Type"),  # of PEFT
     ("py:class", "PreTrainedModel"),

@@ -1,48 +1,25 @@
-"""Figures of a comparison: learning curves, accuracy by question type, and answered images.
+"""Figures of the demo: accuracy by question type, and answered images.
 
-Accuracies come as fractions in [0, 1] and are drawn in percent. Arms are told apart by colour and
-marker for the route, and by dashes or hatching for the visual prefix.
+Accuracies come as fractions in [0, 1] and are drawn in percent.
 """
 
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fused_route.training.data.images import load_image
-from fused_route.training.files import atomic_file
-from fused_route.training.packages import missing
+from fused_route.training.plots import INK, QUIET, canvas, looks, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fused_route.training.demo.report import Row
 
-PREFIX = " + prefix"  # ends the name of an arm whose text model also reads the image as a token
-
-# Okabe and Ito's colours, which stay apart under all common colour-vision deficiencies
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00")
-MARKERS = "osD^vPX"
 SIDE, LINE = 1.5, 0.19  # of an image and of a line of answers, in inches
-INK, QUIET, RIGHT, WRONG = "#222222", "#6B6B6B", "#0072B2", "#C2410C"
-STYLE = {
-    "font.family": "DejaVu Sans",  # ships with matplotlib and has ✓ and ✗
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": "#9A9A9A",
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "text.parse_math": False,
-    "hatch.linewidth": 0.8,
-}
+RIGHT, WRONG = "#0072B2", "#C2410C"
 
 
 @dataclass(frozen=True)
@@ -53,64 +30,6 @@ class Example:
     question: str
     truth: str
     answers: Mapping[str, str]
-
-
-def learning_curves(
-    curves: Mapping[str, Sequence[tuple[int, float]]],
-    path: Path,
-    *,
-    baselines: Mapping[str, float],
-    bands: Mapping[str, Sequence[float]] | None = None,
-) -> None:
-    """Writes test accuracy against training step as a PNG.
-
-    Args:
-        curves: (step, accuracy) by arm.
-        path: the PNG file; its folder is made.
-        baselines: accuracies that need no training, drawn as labelled horizontal lines.
-        bands: half-width of the shaded band at each point of a curve, by arm; arms may be absent.
-    """
-    if not any(curves.values()):
-        raise ValueError("curves is empty: nothing to draw")
-    looks = _looks(curves)
-    with _figure(path, 9, 6) as figure:
-        axes = figure.add_subplot()
-        for name, points in curves.items():
-            if not points:
-                continue
-            _curve(axes, name, points, (bands or {}).get(name), looks[name])
-        _baseline_lines(axes, baselines)
-        axes.set(
-            xlabel="training step",
-            ylabel="test accuracy",
-            title="Accuracy on sampled test questions during training",
-        )
-        axes.yaxis.set_major_formatter(_percent)
-        axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        legend = {"title": "arm (accuracy after the last step)", "handlelength": 3.2, "ncols": 3}
-        figure.legend(loc="outside lower center", frameon=False, **legend)
-
-
-def _curve(
-    axes: Any,
-    name: str,
-    points: Sequence[tuple[int, float]],
-    band: Sequence[float] | None,
-    look: tuple[str, str, bool],
-) -> None:
-    colour, marker, prefix = look
-    steps, values = [s for s, _ in points], [100 * a for _, a in points]
-    axes.plot(
-        steps, values, color=colour, marker=marker, markersize=4.5, linewidth=1.8,
-        linestyle=(0, (4, 1.6)) if prefix else "-",
-        markerfacecolor="white" if prefix else colour,
-        label=f"{name}  ({values[-1]:.1f} %)",
-    )  # fmt: skip
-    if band is not None:
-        low = [v - 100 * h for v, h in zip(values, band, strict=True)]
-        high = [v + 100 * h for v, h in zip(values, band, strict=True)]
-        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def accuracy_bars(
@@ -125,18 +44,18 @@ def accuracy_bars(
     """
     if not rows:
         raise ValueError("rows is empty: nothing to draw")
-    looks = _looks(row.name for row in rows)
+    look_of = looks(row.name for row in rows)
     keys = list(rows[0].mean)
-    with _figure(path, 2.4 + 2.6 * len(keys), 1.7 + 0.38 * len(rows)) as figure:
+    with canvas(path, 2.4 + 2.6 * len(keys), 1.7 + 0.38 * len(rows)) as figure:
         panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
         for axes, key in zip(panels, keys, strict=True):
             for y, row in enumerate(rows):
-                _bar(axes, y, row, key, looks[row.name])
+                _bar(axes, y, row, key, look_of[row.name])
             for style, (name, by_type) in zip(_line_styles(), baselines.items(), strict=False):
                 axes.axvline(100 * by_type[key], label=name, **style)
             axes.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6), xticks=(0, 25, 50, 75, 100))
             axes.set_title("all questions" if key == "all" else key)
-            axes.xaxis.set_major_formatter(_percent)
+            axes.xaxis.set_major_formatter(percent)
             axes.tick_params(axis="x", labelsize=8.5)
             axes.tick_params(axis="y", length=0, labelcolor=INK)
             axes.set_yticks(range(len(rows)), [row.name for row in rows])
@@ -168,7 +87,7 @@ def answer_grid(examples: Sequence[Example], path: Path, *, columns: int = 3) ->
     cell_height = image_y + max(SIDE, LINE * lines) + 0.3
     rows = -(-len(examples) // columns)
     width, height = columns * cell_width, rows * cell_height + 0.5
-    with _figure(path, width, height, layout=None) as figure:
+    with canvas(path, width, height, layout=None) as figure:
         title = "Test questions and what each arm answers"
         figure.text(0.15 / width, 1 - 0.15 / height, title, fontsize=14, va="top")
         for i, (example, question) in enumerate(zip(examples, questions, strict=True)):
@@ -233,54 +152,6 @@ def _bar(axes: Any, y: int, row: "Row", key: str, look: tuple[str, str, bool]) -
     axes.annotate(text, (1.2, y), fontsize=9, annotation_clip=False, **place)
 
 
-def _baseline_lines(axes: Any, baselines: Mapping[str, float]) -> None:
-    """Horizontal lines, each labelled beside the axes; close labels are moved apart."""
-    ordered = sorted(baselines.items(), key=lambda item: item[1])
-    for _, value in ordered:
-        axes.axhline(100 * value, color=QUIET, linewidth=1, linestyle=":", zorder=1)
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(0, low), min(100.5, high))
-    bottom = float("-inf")
-    for name, value in ordered:
-        bottom = max(100 * value, bottom + 0.075 * (high - low))
-        text = f"{name}\n{100 * value:.1f} %"
-        place = {"xycoords": ("axes fraction", "data"), "va": "center", "color": QUIET}
-        axes.annotate(text, (1.01, bottom), fontsize=8.5, annotation_clip=False, **place)
-
-
-def _looks(names: Iterable[str]) -> dict[str, tuple[str, str, bool]]:
-    """(colour, marker, has a prefix) by arm; an arm and its prefix variant share the first two."""
-    looks: dict[str, tuple[str, str, bool]] = {}
-    routes: dict[str, tuple[str, str]] = {"none": (QUIET, "o")}
-    for name in names:
-        route = name.removesuffix(PREFIX)
-        i = len(routes) - 1
-        routes.setdefault(route, (COLOURS[i % len(COLOURS)], MARKERS[(i + 1) % len(MARKERS)]))
-        looks[name] = (*routes[route], name.endswith(PREFIX))
-    return looks
-
-
 def _line_styles() -> tuple[dict[str, Any], ...]:
     common = {"color": INK, "linewidth": 1.2, "zorder": 3}
     return tuple(common | {"linestyle": s} for s in (":", (0, (5, 2)), "-.", "-"))
-
-
-def _percent(value: float, _: float = 0) -> str:
-    return f"{value:.0f} %"
-
-
-@contextmanager
-def _figure(
-    path: Path, width: float, height: float, layout: Literal["constrained"] | None = "constrained"
-) -> Iterator["Figure"]:
-    """A figure of this size in inches; written to `path` when the block ends."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing("matplotlib") from error
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout=layout)
-        yield figure
-        with atomic_file(Path(path)) as file:  # Figure.savefig draws with Agg, without a display
-            figure.savefig(file, format="png", dpi=150)

@@ -3,14 +3,15 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from fused_route.training.demo.figures import Example, accuracy_bars, answer_grid, learning_curves
+from fused_route.training.demo.figures import Example, accuracy_bars, answer_grid
 from fused_route.training.files import atomic_file
-from fused_route.training.packages import missing
+from fused_route.training.plots import learning_curves
+from fused_route.training.tables import markdown_table, without_nan
+from fused_route.training.tables import print_table as lines_of
 
 CURVES, BARS, ANSWERS = "learning_curves.png", "accuracy.png", "answers.png"
 
@@ -81,26 +82,8 @@ def print_table(rows: Sequence[Row], baselines: Mapping[str, Accuracy]) -> None:
 
     Fits 100 columns. Without a terminal it is plain text of that width, free of control codes.
     """
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError as error:
-        raise missing("rich") from error
-    console = Console(highlight=False)
-    if console.is_terminal:
-        console.width = max(console.width, 80)  # cut columns would hide numbers
-    else:
-        console = Console(highlight=False, width=100, color_system=None)
-    title, *body = _table(rows, baselines)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(title[0], overflow="fold")  # in a narrow terminal names fold, numbers do not
-    for heading in title[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for i, cells in enumerate(body):
-        table.add_row(*cells, style="dim" if i >= len(rows) else None)
-    console.print(table, markup=False)
-    console.print("\n" + _spread(rows), markup=False)
+    lines_of(_table(rows, baselines), quiet=len(baselines))
+    print("\n" + _spread(rows))
 
 
 def write_report(
@@ -201,17 +184,11 @@ def _markdown(
     figures: Mapping[str, str],
 ) -> str:
     title, *body = _table(rows, baselines)
-    parts = ["# Test accuracy by arm", _markdown_table([title, *body]), _spread(rows)]
+    parts = ["# Test accuracy by arm", markdown_table([title, *body]), _spread(rows)]
     parts += [f"![{caption}]({file})" for file, caption in figures.items()]
-    parts += ["## Settings", _markdown_table([["setting", "value"], *map(list, header.items())])]
+    parts += ["## Settings", markdown_table([["setting", "value"], *map(list, header.items())])]
     parts += ["All numbers and every answer: [results.json](results.json)."]
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in lines]
-    rule = [":--", *["--:"] * (len(cells[0]) - 1)] if len(cells[0]) > 2 else [":--", ":--"]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:]))
 
 
 def _json(rows: Sequence[Row], baselines: Mapping[str, Accuracy], header: Mapping[str, str]) -> str:
@@ -222,17 +199,7 @@ def _json(rows: Sequence[Row], baselines: Mapping[str, Accuracy], header: Mappin
         "arms": [{"name": row.name, "mean": row.mean, "sd": row.sd} for row in rows],
         "results": [asdict(result) for row in rows for result in row.results],
     }
-    finite = _map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, content)
-    return json.dumps(finite, ensure_ascii=False, allow_nan=False)
-
-
-def _map(change: Callable[[Any], Any], tree: Any) -> Any:
-    """`tree` with `change` applied to what is neither dictionary nor sequence."""
-    if isinstance(tree, dict):
-        return {key: _map(change, value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_map(change, value) for value in tree]
-    return change(tree)
+    return json.dumps(without_nan(content), ensure_ascii=False, allow_nan=False)
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,12 +10,16 @@ from typing import Any
 
 from fused_route.training.data.layouts import splits_of
 from fused_route.training.experiment.arguments import arguments_of
-from fused_route.training.experiment.build import Built
-from fused_route.training.experiment.folder import adapter_folder, open_run, write_json
+from fused_route.training.experiment.folder import (
+    adapter_folder,
+    open_run,
+    write_compact,
+    write_json,
+)
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.run import encode
 from fused_route.training.experiment.tasks import Rows, open_rows
-from fused_route.training.experiment.trainer import ExperimentTrainer
+from fused_route.training.experiment.trainer import ExperimentTrainer, named
 from fused_route.training.files import atomic_file
 
 Answers = Mapping[str, str]
@@ -35,6 +39,7 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     out: Path | None = None,
     overrides: Sequence[str] = (),
+    items: Path | None = None,
 ) -> tuple[dict[str, float], list[Path]]:
     """(scores, files written): the answers of a run, and scores where the split has references.
 
@@ -44,12 +49,13 @@ def evaluate(
         tasks: which of the recipe's; None: those that have this split.
         out: folder of the files; None: beside the adapter.
         overrides: settings of the recipe.
+        items: a file for the score of each row, by task and id, where there are scores; None: none.
 
     Raises:
         ValueError: no run, no such split, or data that cannot be used.
     """
     built = open_run(run, overrides)
-    names = _tasks(built.recipe, split, tasks)
+    names = tasks_with(built.recipe, split, tasks)
     rows = open_rows(built.recipe, split, "evaluate", names)
     folder = adapter_folder(run) if out is None else out
     if folder.exists() and not folder.is_dir():
@@ -59,19 +65,30 @@ def evaluate(
     arguments = arguments_of(recipe, validated=False)
     encode(built, rows.images())
     trainer = ExperimentTrainer(built, arguments)
-    withheld = [name for name in names if _is_withheld(built, name, split)]
-    scores: dict[str, float] = {}
-    if withheld:
-        given = trainer.answered(rows)
-    else:
-        given, scores = trainer.scored(rows)
-    limits = {task.limit for task in built.recipe.tasks.values() if task.limit is not None}
-    parts = [split.replace("+", "-"), *(tasks or []), *(f"first{n}" for n in sorted(limits))]
-    written = _write(folder, "-".join(parts), rows, given, scores) if arguments.should_save else []
+    withheld = [name for name in names if is_withheld(built.recipe, name, split)]
+    given = trainer.answered(rows)
+    judged = {} if withheld else trainer.judged(rows, given)
+    scores = named(judged) if judged else {}
+    label = _label(built.recipe, split, tasks)
+    written = _write(folder, label, rows, given, scores) if arguments.should_save else []
+    if items is not None and judged and arguments.should_save:
+        write_compact(items, {name: found.each for name, found in judged.items()})
     return scores, written
 
 
-def _tasks(recipe: Recipe, split: str, tasks: Sequence[str] | None) -> list[str]:
+def _label(recipe: Recipe, split: str, tasks: Sequence[str] | None) -> str:
+    """What the names of the files say."""
+    limits = {task.limit for task in recipe.tasks.values() if task.limit is not None}
+    parts = [split.replace("+", "-"), *(tasks or []), *(f"first{n}" for n in sorted(limits))]
+    return "-".join(parts)
+
+
+def tasks_with(recipe: Recipe, split: str, tasks: Sequence[str] | None = None) -> list[str]:
+    """The tasks that are answered on a split: those named, else those that have it.
+
+    Raises:
+        ValueError: none has it.
+    """
     if tasks is not None:
         return list(tasks)
     if split not in ("train", "validation", "test"):
@@ -83,8 +100,9 @@ def _tasks(recipe: Recipe, split: str, tasks: Sequence[str] | None) -> list[str]
     return found
 
 
-def _is_withheld(built: Built, name: str, split: str) -> bool:
-    task = built.recipe.tasks[name]
+def is_withheld(recipe: Recipe, name: str, split: str) -> bool:
+    """Whether a split of a task has no answers to score by."""
+    task = recipe.tasks[name]
     parts = splits_of(task.layout, task.split(split)).values()
     return any(part.answers == "withheld" for part in parts)
 

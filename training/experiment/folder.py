@@ -47,6 +47,13 @@ def write_json(path: Path, value: Any) -> None:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def write_compact(path: Path, value: Any) -> None:
+    """A large file for programs, whole or not at all."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    with atomic_file(path) as file:
+        file.write((text + "\n").encode())
+
+
 def adapter_folder(run: Path) -> Path:
     """The folder with the adapter: the run's best, else its last, or the folder given.
 

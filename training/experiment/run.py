@@ -19,7 +19,7 @@ from transformers import (
 from fused_route.training.data.answers import read_vocabulary, vocabulary
 from fused_route.training.data.layouts import splits_of
 from fused_route.training.experiment.arguments import arguments_of
-from fused_route.training.experiment.build import Built, build
+from fused_route.training.experiment.build import Built, build, parameters
 from fused_route.training.experiment.folder import (
     BEST,
     LAST,
@@ -36,6 +36,7 @@ from fused_route.training.experiment.trainer import ExperimentTrainer, refuse_no
 from fused_route.training.feature_cache import Encoded
 
 SCORES = "scores.json"
+HISTORY = "history.json"
 FEW = 1000  # images that are encoded before worker processes have started
 WORKERS = 8  # processes that read images, at most
 
@@ -100,8 +101,8 @@ def train(recipe: Recipe) -> Path:
     """Trains a recipe, or goes on where a run of it stopped; returns the folder of the run.
 
     In the folder: recipe.yaml; checkpoints; best/ (by the validation splits, if there are any)
-    and last/, each an adapter with all that `fused-route eval` and `predict` need; scores.json;
-    TensorBoard's files.
+    and last/, each an adapter with all that `fused-route eval` and `predict` need; history.json,
+    what was logged along the way; scores.json, the last to be written; TensorBoard's files.
 
     Raises:
         ValueError: data, models or settings that cannot be used, or a folder with another run.
@@ -134,7 +135,25 @@ def _run(
     if checkpoint is not None and arguments.should_save:
         print(f"resuming from {checkpoint}", file=sys.stderr)
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    resumed = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    if arguments.should_save:
+        write_json(folder / HISTORY, _history(trainer, resumed))
     _finish(trainer, folder, done.metrics)
+
+
+def _history(trainer: ExperimentTrainer, resumed: int) -> dict[str, Any]:
+    """What a run amounts to, beside its scores."""
+    arguments, names = trainer.args, trainer.built.recipe.tasks
+    default = arguments.per_device_train_batch_size
+    per_device = {name: task.batch_size or default for name, task in names.items()}
+    times = arguments.gradient_accumulation_steps * arguments.world_size
+    return {
+        "trainable": parameters(trainer.built.model)[0],
+        "steps": trainer.state.global_step,
+        "resumed_at": resumed,
+        "batch": {name: size * times for name, size in per_device.items()},
+        "log": trainer.state.log_history,
+    }
 
 
 def _finish(trainer: ExperimentTrainer, folder: Path, metrics: dict[str, float]) -> None:

@@ -12,7 +12,13 @@ from torch.utils.data import Dataset
 
 from fused_route.training.data.samples import Samples, open_samples
 from fused_route.training.experiment.recipe import Recipe, TaskRecipe
-from fused_route.training.metrics.answers import exact_match, nlvr2_scores, vqa_scores
+from fused_route.training.metrics.answers import (
+    each_exact,
+    each_nlvr2,
+    each_vqa,
+    means,
+    nlvr2_scores,
+)
 from fused_route.training.metrics.captions import caption_scores
 
 Predictions = Mapping[str, str]
@@ -24,10 +30,12 @@ class Scored(NamedTuple):
     Attributes:
         main: the one by which models are compared.
         scores: all of them, by name.
+        each: of each row, by its id; their mean is the main one.
     """
 
     main: float
     scores: dict[str, float]
+    each: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -54,20 +62,22 @@ def _columns(samples: Samples, *names: str) -> list[dict[str, Any]]:
 
 def _vqa(predictions: Predictions, samples: Samples, recipe: TaskRecipe) -> Scored:
     references, kinds = _columns(samples, "references", "kind")
-    scores = vqa_scores(predictions, references, kinds, recipe.normalize)
-    return Scored(scores["accuracy"], scores)
+    each = each_vqa(predictions, references, recipe.normalize)
+    scores = means(each, kinds)
+    return Scored(scores["accuracy"], scores, each)
 
 
 def _gqa(predictions: Predictions, samples: Samples, recipe: TaskRecipe) -> Scored:
     answers, kinds = _columns(samples, "answer", "kind")
-    scores = exact_match(predictions, answers, kinds, recipe.normalize)
-    return Scored(scores["accuracy"], scores)
+    each = each_exact(predictions, answers, recipe.normalize)
+    scores = means(each, kinds)
+    return Scored(scores["accuracy"], scores, each)
 
 
 def _nlvr2(predictions: Predictions, samples: Samples, recipe: TaskRecipe) -> Scored:
     (answers,) = _columns(samples, "answer")
     scores = nlvr2_scores(predictions, answers)
-    return Scored(scores["accuracy"], scores)
+    return Scored(scores["accuracy"], scores, each_nlvr2(predictions, answers))
 
 
 def _captions(predictions: Predictions, samples: Samples, recipe: TaskRecipe) -> Scored:
@@ -78,7 +88,7 @@ def _captions(predictions: Predictions, samples: Samples, recipe: TaskRecipe) ->
     if label:
         print(f"captions: {found.note}", file=sys.stderr)
     scores = {f"{name}{label}": value for name, value in found.scores.items()}
-    return Scored(found.scores["cider"], scores)
+    return Scored(found.scores["cider"], scores, found.each)
 
 
 TASKS = {

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from fused_route.training.experiment.decoding import Asking, Questions, answers,
 from fused_route.training.experiment.folder import COMPLETE, LAST, keep_checkpoints, save
 from fused_route.training.experiment.sampling import TaskBatches, in_order
 from fused_route.training.experiment.sharded import gathered
-from fused_route.training.experiment.tasks import TASKS, Rows
+from fused_route.training.experiment.tasks import TASKS, Rows, Scored
 
 
 class ExperimentTrainer(Trainer):
@@ -130,16 +130,17 @@ class ExperimentTrainer(Trainer):
         return metrics
 
     def scored(self, rows: Rows) -> tuple[dict[str, dict[str, str]], dict[str, float]]:
-        """(answers by task and id, scores): "<task>_<score>" of every task, and "score"."""
+        """(answers by task and id, scores as of `named`)."""
         given = self.answered(rows)
-        scores: dict[str, float] = {}
-        main = []
+        return given, named(self.judged(rows, given))
+
+    def judged(self, rows: Rows, given: Mapping[str, Mapping[str, str]]) -> dict[str, Scored]:
+        """The scores of answers (by task and id) to rows, by task."""
+        found = {}
         for name, samples in rows.samples.items():
-            task = TASKS[LAYOUTS[self.built.recipe.tasks[name].layout].task]
-            found = task.score(given[name], samples, self.built.recipe.tasks[name])
-            scores |= {f"{name}_{key}": value for key, value in found.scores.items()}
-            main.append(found.main)
-        return given, {**scores, "score": sum(main) / len(main)}
+            recipe = self.built.recipe.tasks[name]
+            found[name] = TASKS[LAYOUTS[recipe.layout].task].score(given[name], samples, recipe)
+        return found
 
     def answered(self, rows: Rows) -> dict[str, dict[str, str]]:
         """An answer to each row, by task and id; the processes share the work."""
@@ -226,6 +227,12 @@ class ExperimentTrainer(Trainer):
         """Keeps the last before it."""
         self.save_model(str(Path(self.args.output_dir) / LAST))
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def named(judged: Mapping[str, Scored]) -> dict[str, float]:
+    """ "<task>_<score>" of every task, and "score", the mean of their main scores."""
+    scores = {f"{name}_{key}": x for name, of in judged.items() for key, x in of.scores.items()}
+    return {**scores, "score": sum(of.main for of in judged.values()) / len(judged)}
 
 
 def refuse_not_finite(model: Any) -> None:

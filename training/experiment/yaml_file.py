@@ -26,18 +26,28 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_tree(file: Path) -> dict[str, Any]:
-    """The sections of a recipe's file, every key of which is known.
+def read_mapping(file: Path, what: str) -> dict[str, Any]:
+    """The mapping that a file holds; `what` says what is in one.
 
     Raises:
-        ValueError: no YAML, no mapping, an empty section, or a key that is not known.
+        ValueError: no YAML, no mapping, or a key that is there twice.
     """
     try:
         written = yaml.load(file.read_text(encoding="utf-8-sig"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError, TypeError) as error:
         raise ValueError(f"{file} is no YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(written, dict):
-        raise ValueError(f"{file} holds no mapping: a recipe has model, adapter, tasks, training")
+        raise ValueError(f"{file} holds no mapping: {what}")
+    return written
+
+
+def read_tree(file: Path) -> dict[str, Any]:
+    """The sections of a recipe's file, every key of which is known.
+
+    Raises:
+        ValueError: no YAML, no mapping, an empty section, or a key that is not known.
+    """
+    written = read_mapping(file, "a recipe has model, adapter, tasks, training")
     _known(f"{file}: ", written, Recipe)
     for name, of in (("model", ModelRecipe), ("adapter", RoutedConfig), ("training", None)):
         if name in written:

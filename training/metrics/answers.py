@@ -43,7 +43,7 @@ def _mean(scores: Iterable[float]) -> float:
     return math.fsum(found) / len(found)
 
 
-def _means(scores: Mapping[str, float], kinds: Mapping[str, str] | None) -> dict[str, float]:
+def means(scores: Mapping[str, float], kinds: Mapping[str, str] | None) -> dict[str, float]:
     """{"accuracy": mean of all} and, where kinds are given, "accuracy/<kind>" of each, sorted."""
     means = {"accuracy": _mean(scores.values())}
     if kinds is None:
@@ -77,13 +77,19 @@ def exact_match(
         ValueError: other ids in one mapping than in another, no questions, something that is no
             text, or an unknown way to normalize.
     """
+    return means(each_exact(predictions, answers, normalize), kinds)
+
+
+def each_exact(
+    predictions: Mapping[str, str], answers: Mapping[str, str], normalize: str = "official"
+) -> dict[str, float]:
+    """Question id → 1.0 or 0.0, of which `exact_match` is the mean."""
     one_of("normalize", normalize, EXACT)
     same_ids("predictions", predictions, "answers", answers)
     text_of_each("predictions", predictions)
     text_of_each("answers", answers)
     form = EXACT[normalize]
-    scores = {key: float(form(predictions[key]) == form(answers[key])) for key in answers}
-    return _means(scores, kinds)
+    return {key: float(form(predictions[key]) == form(answers[key])) for key in answers}
 
 
 def _vqa_score(key: str, prediction: str, said: Sequence[str], normalize: str) -> float:
@@ -121,12 +127,20 @@ def vqa_scores(
         ValueError: other ids in one mapping than in another, no questions, a question without
             references, something that is no text, or an unknown way to normalize.
     """
+    return means(each_vqa(predictions, references, normalize), kinds)
+
+
+def each_vqa(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    normalize: str = "official",
+) -> dict[str, float]:
+    """Question id → VQA accuracy, of which `vqa_scores` is the mean."""
     one_of("normalize", normalize, NORMALIZE)
     same_ids("predictions", predictions, "references", references)
-    scores = {
+    return {
         key: _vqa_score(key, predictions[key], said, normalize) for key, said in references.items()
     }
-    return _means(scores, kinds)
 
 
 def _sentence(identifier: str) -> tuple[str, ...]:
@@ -159,12 +173,17 @@ def nlvr2_scores(predictions: Mapping[str, str], answers: Mapping[str, str]) -> 
         ValueError: other identifiers in one mapping than in the other, none, one that has not four
             parts, or a label that is no text.
     """
-    same_ids("predictions", predictions, "answers", answers)
-    text_of_each("predictions", predictions)
-    text_of_each("answers", answers)
-    right = {key: predictions[key].lower() == answers[key].lower() for key in answers}
+    right = each_nlvr2(predictions, answers)
     sentences: dict[tuple[str, ...], bool] = {}
     for key, is_right in right.items():
         sentence = _sentence(key)
-        sentences[sentence] = sentences.get(sentence, True) and is_right
+        sentences[sentence] = sentences.get(sentence, True) and bool(is_right)
     return {"accuracy": _mean(right.values()), "consistency": _mean(sentences.values())}
+
+
+def each_nlvr2(predictions: Mapping[str, str], answers: Mapping[str, str]) -> dict[str, float]:
+    """Identifier → 1.0 or 0.0, of which the accuracy of `nlvr2_scores` is the mean."""
+    same_ids("predictions", predictions, "answers", answers)
+    text_of_each("predictions", predictions)
+    text_of_each("answers", answers)
+    return {key: float(predictions[key].lower() == answers[key].lower()) for key in answers}

@@ -58,10 +58,12 @@ class CaptionScores:
         scores: name → score. "bleu_1" to "bleu_4", "rouge_l" and "meteor" are in [0, 1], "cider"
             in [0, 10]; "images" is how many images were scored.
         tokenizer: "ptb" or "regex"; scores of the two are not comparable.
+        each: image id → its CIDEr, of which "cider" is the mean.
     """
 
     scores: dict[str, float]
     tokenizer: str
+    each: dict[str, float]
 
     @property
     def note(self) -> str:
@@ -187,12 +189,14 @@ def _meteor(references: Cut, predictions: Cut) -> float:
     return float(score)
 
 
-def _scores(references: Cut, predictions: Cut) -> dict[str, float]:
+def _scores(references: Cut, predictions: Cut) -> tuple[dict[str, float], dict[str, float]]:
+    """(scores, CIDEr of each image)."""
     bleu, _ = _loaded("bleu.bleu").Bleu(4).compute_score(references, predictions, verbose=0)
     rouge, _ = _loaded("rouge.rouge").Rouge().compute_score(references, predictions)
-    cider, _ = _loaded("cider.cider").Cider().compute_score(references, predictions)
+    cider, of_images = _loaded("cider.cider").Cider().compute_score(references, predictions)
     scores = {f"bleu_{n}": float(score) for n, score in enumerate(bleu, 1)}
-    return scores | {"rouge_l": float(rouge), "cider": float(cider)}
+    each = dict(zip(references, map(float, of_images), strict=True))
+    return scores | {"rouge_l": float(rouge), "cider": float(cider)}, each
 
 
 def caption_scores(
@@ -230,7 +234,7 @@ def caption_scores(
             text = references[key][captions.index("")]
             raise ValueError(f"references[{key!r}] must have words, got {shown(text)}")
     judged = _cut({key: [predictions[key]] for key in references}, chosen)
-    scores = _scores(said, judged)
+    scores, each = _scores(said, judged)
     if chosen == "ptb":
         scores["meteor"] = _meteor(said, judged)
-    return CaptionScores(scores | {"images": float(len(said))}, chosen)
+    return CaptionScores(scores | {"images": float(len(said))}, chosen, each)

@@ -1,0 +1,380 @@
+"""fused-route compare: statistics, what a file may say, whole comparisons, killed ones."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from experiments import refused, run, save_all, written
+from PIL import Image
+
+from fused_route.training.comparison import plan, work
+from fused_route.training.comparison.plan import Comparison, read_comparison
+from fused_route.training.comparison.results import unequal
+from fused_route.training.comparison.statistics import differences, paired_bootstrap, spread
+
+pytestmark = pytest.mark.usefixtures("without_java")
+
+
+class TestStatistics:
+    def test_spread_by_hand(self) -> None:
+        assert spread([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5))
+        assert spread([0.5]) == (0.5, None)
+
+    def test_differences_average_seeds_and_pair_items(self) -> None:
+        ours = [{"vqa": {"a": 1.0, "b": 0.0}}, {"vqa": {"b": 1.0, "a": 1.0}}]
+        theirs = [{"vqa": {"b": 1.0, "a": 0.0}}]
+        (found,) = differences(ours, theirs)
+        assert found.tolist() == [1.0, -0.5]
+
+    def test_other_items_are_not_paired(self) -> None:
+        with pytest.raises(ValueError, match="other items"):
+            differences([{"vqa": {"a": 1.0}}], [{"vqa": {"b": 1.0}}])
+        with pytest.raises(ValueError, match="a run of either arm"):
+            differences([], [{"vqa": {"b": 1.0}}])
+
+    def test_interval_is_that_of_all_resamples(self) -> None:
+        """Four items have 4⁴ resamples, all of which can be written down."""
+        values = np.array([0.0, 1.0, 1.0, -0.5])
+        every = [np.mean(drawn) for drawn in itertools.product(values, repeat=4)]
+        low, high = np.quantile(every, [0.025, 0.975], method="inverted_cdf")
+        found = paired_bootstrap([values], resamples=50_000)
+        assert found.mean == values.mean()
+        assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+
+    def test_interval_is_that_of_drawn_items(self) -> None:
+        draw = np.random.default_rng(1)
+        values = draw.normal(0.1, 1.0, 300)
+        means = values[draw.integers(0, 300, (20_000, 300))].mean(1)
+        found = paired_bootstrap([values])
+        assert found[1:] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+        assert found == paired_bootstrap([values])
+
+    def test_tasks_count_alike_and_are_drawn_apart(self) -> None:
+        small, large = np.array([1.0, 1.0]), np.array([0.0, 1.0] * 200)
+        found = paired_bootstrap([small, large])
+        alone = paired_bootstrap([large])
+        assert found.mean == 0.75
+        assert found.high - found.low == pytest.approx((alone.high - alone.low) / 2, rel=0.1)
+
+    def test_no_difference_at_all(self) -> None:
+        assert paired_bootstrap([np.zeros(5)]) == (0.0, 0.0, 0.0)
+
+
+ARMS: dict[str, Any] = {"none": {"adapter.route": "none"}, "mul": {"adapter.route": "mul"}}
+GOOD: dict[str, Any] = {"recipe": "easy-vqa", "arms": ARMS}
+
+
+class TestPlan:
+    @pytest.mark.parametrize(
+        ("told", "says"),
+        [
+            ({"recipe": ""}, "recipe must be a name"),
+            ({"arms": {}}, "arms must be a mapping of two"),
+            ({"arms": {"none": {}}}, "arms must be a mapping of two"),
+            ({"arms": [1, 2]}, "arms must be a mapping of two"),
+            ({"arms": {"none": {}, "a/b": {}}}, "got 'a/b'"),
+            ({"arms": {"none": {}, "..": {}}}, "got '..'"),
+            ({"arms": {"none": {}, "None": {}}}, "upper and lower case"),
+            ({"arms": {"none": {}, "a": None}}, "arms: a must be a mapping of settings"),
+            ({"arms": {"none": {}, "a": {"seed": 1}}}, "seed is each run's own: use seeds"),
+            ({"arms": {"none": {}, "a": {"data_seed": 1}}}, "a sets data_seed"),
+            ({"overrides": {"training.output_dir": "x"}}, "use --out"),
+            ({"overrides": 3}, "overrides must be a mapping"),
+            ({"baseline": "plain"}, "baseline must be one of the arms none, mul; got 'plain'"),
+            ({"seeds": []}, "seeds is empty"),
+            ({"seeds": 3}, "seeds must be a list of numbers, got 3"),
+            ({"seeds": [0, 0]}, "seeds has 0 twice"),
+            ({"seeds": [-1]}, "seeds must be a whole number of at least 0, got -1"),
+            ({"seeds": [1.5]}, "seeds must be a whole number"),
+            ({"split": None}, "split must be a name"),
+            ({"rates": [1e-3]}, "rates has one, 0.001"),
+            ({"rates": ["1e-3", "x"]}, "rates must be a finite number, got 'x'"),
+            ({"rates": [0, 1]}, "rates must be greater than 0, got 0"),
+            ({"rates": [1e-3, 1e-2], "arms": {"none": {}, "a": {"lr": 1}}}, "a sets training.lear"),
+        ],
+    )
+    def test_refuses(self, told: dict[str, Any], says: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(says)):
+            Comparison(**{**GOOD, **told})
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("recipe: easy-vqa\n", "arms is missing"),
+            ("arms: {}\n", "recipe is missing"),
+            (
+                "recipe: a\narms: {}\nseed: 1\n",
+                "seed is no key of a comparison; did you mean seeds",
+            ),
+            ("recipe: a\nrecipe: b\n", "'recipe' is there twice"),
+        ],
+    )
+    def test_refuses_files(self, tmp_path: Path, text: str, says: str) -> None:
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ValueError, match=re.escape(says)):
+            read_comparison(tmp_path / "c.yaml")
+
+    def test_text_is_a_rate_and_recipes_are_beside_the_file(self, tmp_path: Path) -> None:
+        (tmp_path / "r.yaml").touch()
+        told = {**GOOD, "recipe": "r.yaml"}
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(told) + "rates: [1e-3, 0.01]\n")
+        found = read_comparison(tmp_path / "c.yaml")
+        assert found.recipe == str(tmp_path / "r.yaml") and found.rates == (1e-3, 1e-2)
+
+    @pytest.mark.parametrize("name", plan.shipped())
+    def test_what_comes_with_the_package(self, name: str) -> None:
+        found = plan.recipes(read_comparison(name), ["--steps", "3"])
+        assert [recipe.adapter.route for recipe in found.values()] == ["none", "add", "mul", "gram"]
+        assert {recipe.training["max_steps"] for recipe in found.values()} == {3}
+
+    def test_an_arm_is_named_where_its_setting_is_refused(self) -> None:
+        told = Comparison(**{**GOOD, "arms": {**ARMS, "odd": {"adapter.route": "fly"}}})
+        with pytest.raises(ValueError, match=r"arm 'odd': .*fly"):
+            plan.recipes(told)
+
+    def test_splits_without_answers_are_refused(self, folder: Path) -> None:
+        told: dict[str, Any] = {
+            "arms": ARMS,
+            "recipe": str(written(folder, "roberta", "lora", "split")),
+        }
+        with pytest.raises(ValueError, match="has no answers to score"):
+            plan.recipes(Comparison(**told, split="test-dev"))
+        with pytest.raises(ValueError, match="needs a validation split"):
+            plan.recipes(
+                Comparison(**told, rates=(0.1, 0.2), overrides={"tasks.vqa.validation": None})
+            )
+
+
+def test_unequal_budgets() -> None:
+    base = [{"trainable": 12_288, "steps": 10, "batch": {"vqa": 4}}]
+    arm = [{"trainable": 12_345, "steps": 10, "batch": {"vqa": 8}}]
+    assert unequal(arm, base) == [
+        "other number of parameters: 12,345 against 12,288",
+        "other rows in a step: vqa 8 against vqa 4",
+    ]
+    assert unequal(base, base) == unequal([], base) == unequal(base, []) == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_all(tmp_path_factory.mktemp("compared"))
+
+
+def file(folder: Path, name: str, **told: Any) -> Path:
+    """A comparison of two arms and two seeds, a few steps each."""
+    content = {
+        "recipe": str(written(folder, "roberta", "lora", "compared")),
+        "arms": ARMS,
+        "seeds": [0, 1],
+        "overrides": {
+            "training.max_steps": 4, "training.save_strategy": "steps", "training.save_steps": 2,
+            "training.eval_steps": 2, "training.learning_rate": 0.05,
+        },
+        **told,
+    }  # fmt: skip
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def records(out: Path) -> dict[str, int]:
+    """When each run's record was written, by arm and seed."""
+    found = sorted(out.glob(f"runs/*/*/{work.RECORD}"))
+    return {str(p.parent.relative_to(out / "runs")): p.stat().st_mtime_ns for p in found}
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path) -> tuple[Path, Path]:
+    """(file, results) of a comparison."""
+    told = file(folder, "done")
+    assert run("compare", told, "--out", folder / "done") == 0
+    return told, folder / "done"
+
+
+class TestCompare:
+    def test_results(self, done: tuple[Path, Path]) -> None:
+        found = json.loads((done[1] / "results.json").read_text())
+        none, mul = found["arms"]
+        assert none["difference"] is None and none["flags"] == mul["flags"] == []
+        scores = [r["score"] for r in found["runs"] if r["arm"] == "mul"]
+        assert mul["score"]["mean"] == pytest.approx(np.mean(scores))
+        assert mul["score"]["sd"] == pytest.approx(np.std(scores, ddof=1))
+        difference = mul["score"]["mean"] - none["score"]["mean"]
+        assert mul["difference"]["mean"] == pytest.approx(difference)
+        assert mul["score"]["mean"] > 0
+        assert mul["difference"]["low"] <= difference <= mul["difference"]["high"]
+        assert mul["trainable"] == none["trainable"] and mul["steps"] == [4]
+        assert [step for step, _ in mul["curve"]] == [2, 4]
+        for record in found["runs"]:
+            assert record["seconds"] > 0 and record["peak_mib"] > 50
+            assert record["memory"] == "CPU, resident" and record["versions"]["torch"]
+
+    def test_items_have_the_score_as_their_mean(self, done: tuple[Path, Path]) -> None:
+        place = done[1] / "runs" / "mul" / "seed-1"
+        items = json.loads((place / work.ITEMS).read_text())["vqa"]
+        record = json.loads((place / work.RECORD).read_text())
+        assert record["score"] == pytest.approx(np.mean(list(items.values())))
+        assert not list((place / work.TRAIN).glob("checkpoint-*"))
+
+    def test_a_difference_is_that_of_the_items(
+        self, done: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        out = shutil.copytree(done[1], tmp_path / "out")
+        place = out / "runs" / "mul" / "seed-1" / work.ITEMS
+        items = json.loads(place.read_text())["vqa"]
+        right = dict.fromkeys(items, 1.0)
+        place.write_text(json.dumps({"vqa": right}))
+        before = records(out)
+        assert run("compare", done[0], "--out", out) == 0 and records(out) == before
+        _, mul = json.loads((out / "results.json").read_text())["arms"]
+        files = [out / "runs" / "none" / f"seed-{seed}" / work.ITEMS for seed in (0, 1)]
+        theirs = [json.loads(file.read_text())["vqa"] for file in files]
+        first = json.loads((place.parent.parent / "seed-0" / work.ITEMS).read_text())["vqa"]
+        each = [(first[k] + 1.0) / 2 - (theirs[0][k] + theirs[1][k]) / 2 for k in items]
+        assert mul["difference"]["mean"] == pytest.approx(np.mean(each)) and np.mean(each) > 0.1
+        assert mul["difference"]["low"] < np.mean(each) < mul["difference"]["high"]
+        assert mul["items"] == len(items) and mul["shared"] == [0, 1]
+
+    def test_report(self, done: tuple[Path, Path]) -> None:
+        text = (done[1] / "report.md").read_text()
+        for told in ("| none |", "| mul |", "± ", "2 seeds", "10,000 paired", "vqa_accuracy"):
+            assert told in text, told
+        for picture in ("learning_curves.png", "differences.png"):
+            assert f"({picture})" in text
+            with Image.open(done[1] / picture) as image:
+                assert image.width > 600
+
+    def test_what_is_done_is_skipped(
+        self, done: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = records(done[1])
+        (done[1] / "runs" / "mul" / "seed-1" / work.RECORD).unlink()
+        assert run("compare", done[0], "--out", done[1]) == 0
+        after = records(done[1])
+        assert {key for key in before if before[key] != after[key]} == {"mul/seed-1"}
+        out = capsys.readouterr().out.splitlines()
+        assert out[-1].startswith("next: fused-route predict --adapter")
+        picture = next((done[1].parent / "data" / "vqav2").rglob("*.jpg"))
+        adapter = done[1] / "runs" / "mul" / "seed-0" / "train"
+        asked = ["--image", picture, "--question", "what is it?"]
+        assert run("predict", "--adapter", adapter, *asked) == 0
+
+    def test_seeds_and_arms_decide_alone(self, done: tuple[Path, Path]) -> None:
+        """A run is that of `fused-route train` with its settings."""
+        place = done[1] / "runs" / "mul" / "seed-1"
+        told = yaml.safe_load(done[0].read_text())
+        settings = [f"--{k}={v}" for k, v in told["overrides"].items()]
+        alone = done[1].parent / "alone"
+        given = [*settings, "--route=mul", "--seed=1", f"--out={alone}"]
+        assert run("train", told["recipe"], *given) == 0
+        trained = json.loads((alone / "scores.json").read_text())
+        record = json.loads((place / work.RECORD).read_text())
+        assert record["validation"] == trained["validation"]
+
+    def test_other_settings_in_the_folder_are_refused(
+        self, done: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        line = refused(capsys, "compare", done[0], "--out", done[1], "--eval_steps", "1")
+        assert "training.eval_steps is 2 there, 1 here" in line
+        line = refused(capsys, "compare", done[0], "--out", done[1].parent)
+        assert "holds other files" in line
+        assert "--arm 'add'" in refused(capsys, "compare", done[0], "--arm", "add")
+        assert "use seeds" in refused(capsys, "compare", done[0], "--seed", "3")
+
+    def test_dry_run(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arms = {**ARMS, "wide": {"adapter.r": 8}, "lost": {"adapter.target_modules": ["nowhere"]}}
+        told = file(folder, "dry", arms=arms)
+        assert run("compare", told, "--out", tmp_path / "dry", "--dry-run") == 0
+        captured = capsys.readouterr()
+        assert "flag: wide: other number of parameters" in captured.err
+        assert "flag: lost: would fail: " in captured.err and "nowhere" in captured.err
+        assert "8 runs" in captured.out and not (tmp_path / "dry").exists()
+        assert captured.out.splitlines()[-1].startswith("next: fused-route compare")
+
+
+def test_a_failing_arm_does_not_stop_the_others(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {
+        "lost": {"adapter.target_modules": ["nowhere"]},
+        "none": {"adapter.route": "none"},
+        "wide": {"adapter.r": 8, "training.max_steps": 2},
+        "wild": {"training.learning_rate": 1e30},
+    }
+    told, out = file(folder, "failing", arms=arms, seeds=[3]), tmp_path / "out"
+    assert run("compare", told, "--out", out) == 1
+    assert set(records(out)) == {"none/seed-3", "wide/seed-3"}
+    captured = capsys.readouterr()
+    assert "failed: lost:" in captured.err and "failed: wild, seed 3: training div" in captured.err
+    assert captured.out.splitlines()[-1] == f"next: fused-route compare {told} --out {out}"
+    found = json.loads((out / "results.json").read_text())
+    assert {failed["arm"] for failed in found["failed"]} == {"lost", "wild"}
+    lost, _, wide, _ = found["arms"]
+    assert "nowhere" in lost["flags"][0]
+    assert wide["flags"][0].startswith("other number of parameters") and len(wide["flags"]) == 2
+    assert wide["flags"][1] == "other steps: 2 against 4"
+    assert "flag: wide: other steps: 2 against 4" in captured.err
+    assert "other steps: 2 against 4" in (out / "report.md").read_text()
+
+
+def test_rates_are_chosen_for_each_arm(folder: Path, tmp_path: Path) -> None:
+    told, out = file(folder, "rates", rates=[1e-3, 1e30], seeds=[0]), tmp_path / "out"
+    assert run("compare", told, "--out", out) == 0
+    found = json.loads((out / "results.json").read_text())
+    for arm in found["arms"]:
+        assert arm["rate"] == 1e-3 and arm["rates"]["1e+30"] is None
+        assert arm["rates"]["0.001"] is not None
+    assert {r["settings"]["training.learning_rate"] for r in found["runs"]} == {1e-3}
+    assert not (out / "rates" / "mul" / "0.001").exists()  # it is the first seed's run
+    before = records(out)
+    assert run("compare", told, "--out", out) == 0 and records(out) == before
+
+
+def test_a_killed_comparison_goes_on(folder: Path, tmp_path: Path) -> None:
+    told, out = file(folder, "killed"), tmp_path / "out"
+    command = [sys.executable, "-m", "fused_route.training", "compare", str(told)]
+    started = subprocess.Popen(
+        [*command, "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 120
+    while not records(out) and time.monotonic() < end:
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    before = records(out)
+    assert before and len(before) < 4
+    again = time.monotonic() + 20
+    while time.monotonic() < again and _at_work(out):
+        time.sleep(0.1)
+    assert run("compare", told, "--out", out) == 0
+    after = records(out)
+    assert len(after) == 4 and {key: after[key] for key in before} == before
+    shutil.rmtree(out)
+
+
+def _at_work(out: Path) -> bool:
+    """Whether a process of a run is alive still."""
+    return any(_target(path).startswith(str(out)) for path in Path("/proc").glob("[0-9]*/fd/1"))
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""

@@ -1,0 +1,1 @@
+"""Arms against each other, over seeds: from one file to a report."""
