@@ -128,7 +128,7 @@ case $part in
     profile) profile 440;;
     sanitize) sanitize 120;;
     all)
-        tests 120
+        tests 170
         ops 290 --processes 2 --seconds 0.2 $FEW
         models 80 --processes 1 --case 'step/gpt2/qkv/*' --case 'step/tiny/*'
         ;;
