@@ -174,7 +174,7 @@ PRODUCTS: dict[int, tuple[ProductTile, ProductTile]] = {
     2: (ProductTile(64, 64, 4, 4, None, 64), ProductTile(128, 128, 8, 3, None, 64)),
     4: (ProductTile(32, 64, 8, 3, None, 32), ProductTile(64, 64, 4, 3, None, 32)),
 }
-# Instead, by (major compute capability, bytes of an element): 197 KB of shared memory.
+# Instead, by (major compute capability, bytes of an element): 192 KB of shared memory.
 LARGE_PRODUCTS: dict[tuple[int | None, int], tuple[ProductTile, ProductTile]] = {
     (9, 2): (PRODUCTS[2][0], ProductTile(128, 256, 8, 4, None, 64)),
 }

@@ -29,7 +29,7 @@ from fused_route.testing import assert_as_good_as_eager
 pytestmark = pytest.mark.interpret
 
 drawn = settings(
-    max_examples=70,  # at 50 and 60 an ill-conditioned draw is met, eager's luck against itself
+    max_examples=60,
     deadline=None,
     derandomize=True,
     database=None,
@@ -99,20 +99,22 @@ def test_as_good_as_eager(drawn: tuple[Layer, Call], dtype: torch.dtype) -> None
 def test_in_any_layout_too(
     drawn: tuple[Layer, Call], dtype: torch.dtype, data: st.DataObject
 ) -> None:
+    """As good as the kernels are on contiguous tensors, which the test before holds to eager."""
     layer, call = drawn
-    ours, eager, truth = {}, {}, {}
+    ours, plain, truth = {}, {}, {}
     for name, x in trained(layer, call, dtype).items():
         layout = LAYOUTS[data.draw(layouts(name), label=name)]
         if name == "x_r" and call.drops:  # see the last test
             layout = LAYOUTS["contiguous"]
         ours[name] = layout(x.detach()).requires_grad_(x.requires_grad)
-        plain = ours[name].detach().contiguous().clone()
-        eager[name] = plain.requires_grad_(x.requires_grad)
-        truth[name] = plain.detach().double().requires_grad_(x.requires_grad)
-    actual = gradients(run(layer, call, ours, P if call.drops else 0.0, "triton"), ours)
-    expected, exact = (
-        gradients(run(layer, call, t, oracle_dropout(layer, call, t, 7), "reference"), t)
-        for t in (eager, truth)
+        values = ours[name].detach().contiguous().clone()
+        plain[name] = values.requires_grad_(x.requires_grad)
+        truth[name] = values.detach().double().requires_grad_(x.requires_grad)
+    actual, expected = (
+        gradients(run(layer, call, t, P if call.drops else 0.0, "triton"), t) for t in (ours, plain)
+    )
+    exact = gradients(
+        run(layer, call, truth, oracle_dropout(layer, call, truth, 7), "reference"), truth
     )
     assert_as_good_as_eager(actual, exact, expected)
 

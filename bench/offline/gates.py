@@ -173,7 +173,7 @@ CHIPS = {"bf16": ARCHITECTURES, "fp16": ARCHITECTURES, "fp32": (80, 90, 100), "t
 # K1 up to the bottleneck, and K2 without dx, have no column tiles, but the tiles of K1 and K2.
 P3_HEAVIEST = (("frozen", "rank1", "owned"), ("frozen_qv", "rank1", "operand"),
                ("frozen", "matrix", "operand"))  # fmt: skip
-P3_KERNELS = ("extended_product", "routed_bottleneck", "routed_backward")
+P3_ROW_KERNELS = ("routed_bottleneck", "routed_backward")
 PRODUCT_CHIPS: dict[str, tuple[int | str, ...]] = {
     "bf16": (*ARCHITECTURES, 86, 89, 120), "fp16": (80, 90),
     "fp32": (80, 90, 100, 120), "tf32": (80, 90, 100, 120),
@@ -215,7 +215,7 @@ def p3_cases() -> list[Case]:
         cases += product_cases(numbers, chips, 256) + product_cases(numbers, (90,), 16)
         layers = layers_of(P3_HEAVIEST, 768, numbers, plan="p3")
         others = unique(layers, CHIPS[numbers] if numbers in ("bf16", "fp32") else (90,))
-        cases += [case for case in others if name_of(case) in P3_KERNELS[1:]]
+        cases += [case for case in others if name_of(case) in P3_ROW_KERNELS]
     return cases
 
 
