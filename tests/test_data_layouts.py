@@ -82,6 +82,12 @@ ROWS: list[tuple[str, str, str, int, int, tuple[Any, ...]]] = [
     ("easy_vqa", "test", "evaluate", 9_673, 0, (
         "test-0", ["data/test/images/0.png"], "what is the red shape?", "triangle", ["triangle"],
         "shape")),
+    ("easy_vqa", "fit", "train", 36_151, 36_150, (
+        "train-36150", ["data/train/images/3749.png"], "is a yellow shape present?", "no", ["no"],
+        "yes/no")),
+    ("easy_vqa", "validation", "evaluate", 2_424, 0, (
+        "train-36151", ["data/train/images/3750.png"], "what is the color of the shape?", "teal",
+        ["teal"], "colour")),
     ("vqav2", "train", "train", 48, 1, (
         "9001", [TRAIN.format(9)], "how many people are there?", "1", NINE, "number")),
     ("vqav2", "val", "evaluate", 96, 0, (

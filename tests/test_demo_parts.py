@@ -13,9 +13,10 @@ from fused_route import VisualProjector
 from fused_route.training.data import easy_vqa
 from fused_route.training.data.images import load_image
 from fused_route.training.demo import compare
-from fused_route.training.demo.models import VqaClassifier, fit_projector, load_encoder
+from fused_route.training.demo.models import VqaClassifier, load_encoder
 from fused_route.training.demo.task import encoder_directory
 from fused_route.training.demo.vision import load_efficientnet_lite0
+from fused_route.training.projector import fit_projector
 
 
 @pytest.mark.parametrize("prefix", [False, True])

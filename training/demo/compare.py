@@ -24,17 +24,13 @@ from fused_route.training.data import easy_vqa
 from fused_route.training.data.easy_vqa import Questions
 from fused_route.training.demo.features import CACHE_DIR, encode_images
 from fused_route.training.demo.figures import Example
-from fused_route.training.demo.models import (
-    HEAD,
-    VqaClassifier,
-    fit_projector,
-    load_encoder,
-)
+from fused_route.training.demo.models import HEAD, VqaClassifier, load_encoder
 from fused_route.training.demo.report import ArmResult, aggregate, print_table, write_report
 from fused_route.training.demo.task import ENCODER, TASK, Task, encoder_directory
 from fused_route.training.demo.vision import VisionTower
 from fused_route.training.packages import missing
 from fused_route.training.plots import PREFIX
+from fused_route.training.projector import fit_projector
 
 WATCHED = 500  # test questions behind each point of the learning curves, drawn once
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_route import RoutingContext, VisualProjector
+from fused_route import RoutingContext
 
 HEAD = "head"
 
@@ -87,21 +87,3 @@ def load_encoder(directory: Path, layers: int | None = None) -> Any:
         encoder.config.num_hidden_layers = layers
     encoder.pooler = None  # the classifier reads the states of all tokens
     return encoder.eval(), AutoTokenizer.from_pretrained(directory)
-
-
-@torch.no_grad()
-def fit_projector(projector: VisualProjector, features: Tensor) -> None:
-    """Sets a projector from features (N, visual_width) alone: centred, rotated, scaled.
-
-    x_r = (x − μ) V √(d / tr Σ): the directions V of greatest variance, as many as the layers are
-    wide, with entries of mean square 1 on these features. No labels are used.
-    """
-    mean = features.mean(0)
-    centred = features - mean
-    _, V = torch.linalg.eigh(centred.T @ centred / len(features))
-    for projection in projector.projections.values():
-        assert isinstance(projection, nn.Linear)
-        directions = V[:, -projection.out_features :].flip(-1)
-        scale = (centred @ directions).square().mean().rsqrt()
-        projection.weight.copy_((directions * scale).T)
-        projection.bias.copy_(-(mean @ directions) * scale)

@@ -50,9 +50,9 @@ class Built:
         """What makes batches for the model."""
         images: Any
         if self.cache is not None:
-            images = CachedImages(self.cache)
+            images = CachedImages(self.cache, self.recipe.control)
         else:
-            images = PixelImages(self.encoder.preprocess, augmentation)
+            images = PixelImages(self.encoder.preprocess, augmentation, self.recipe.control)
         return Batches(
             self.recipe.model.kind,
             self.recipe.tasks,

@@ -22,12 +22,14 @@ from fused_route.training.vlm_config import FEATURES, PROJECTIONS, VISUAL_TOKENS
 
 KINDS = ("classifier", "decoder", "encoder-decoder")
 HEADS = ("native", "two-layer")
-METHODS = ("routed", "cross-attention")
+METHODS = ("routed", "cross-attention", "full")
 MODULES = ("shared", "per-task")
 SAMPLING = ("proportional", "balanced")
 COMPAT = ("none", "eccv24")
 FEATURES_FROM = ("cache", "tower")
 AUGMENTATIONS = ("none", "crop")
+CONTROLS = ("none", "shuffled", "constant", "noise")
+PROJECTOR_INITS = ("random", "pca")
 SELECTION = ("score", "loss")
 
 
@@ -142,8 +144,9 @@ class Recipe:
     Attributes:
         model, tasks, training: the sections; training holds arguments of TrainingArguments.
         adapter: which layers are adapted, and how.
-        method: what stands in the bottleneck: "routed" (route "none" is plain LoRA), or the
-            "cross-attention" baseline, of the same number of parameters at most.
+        method: what is trained: "routed" bottlenecks (route "none" is plain LoRA); the
+            "cross-attention" baseline in their place, of the same number of parameters at most;
+            "full", beside them every parameter of the language model, for a ceiling.
         heads: of cross-attention.
         modules: of several tasks: "shared", the same for all; "per-task", an adapter for each.
         sampling: batches of several tasks: "proportional" to their rows; "balanced", as many of
@@ -152,6 +155,13 @@ class Recipe:
         features_from: "cache": each image is encoded once and its features are kept on the disk;
             "tower": encoded in every step, which augmentation needs.
         augmentation: of training images: "none"; "crop", a random part of 80 % or more.
+        control: what a text gets in place of its own image, in training and in evaluation, to see
+            what is known without it: "shuffled", that of another text of its split; "constant",
+            ones; "noise", normal draws with the batch's mean and deviation of each feature. With
+            "none" it gets its own.
+        projector_init: how a projector of features to the layers' width starts, where there is
+            one: "random"; "pca", centred, rotated and scaled by the training images' features. It
+            trains, or not, as adapter.projector says.
         cache: folder of mapped data and features.
         broken: of rows whose image or answers are missing: "refuse" or "skip".
         select: what "best" means: "score", the mean of the tasks' main scores on the validation
@@ -174,6 +184,8 @@ class Recipe:
     compat: str = "none"
     features_from: str = "cache"
     augmentation: str = "none"
+    control: str = "none"
+    projector_init: str = "random"
     cache: str = ".cache/fused_route"
     broken: str = "refuse"
     select: str = "score"
@@ -195,6 +207,11 @@ class Recipe:
             raise ValueError(
                 f"augmentation={self.augmentation!r} changes images in every step: it needs "
                 "features_from='tower'"
+            )
+        if self.projector_init != "random" and self.features_from != "cache":
+            raise ValueError(
+                f"projector_init={self.projector_init!r} reads features from the cache: it needs "
+                f"features_from='cache', got {self.features_from!r}"
             )
         if self.model.kind == "classifier" and len(self.tasks) > 1:
             raise ValueError(
@@ -221,6 +238,8 @@ NAMED = {
     "compat": COMPAT,
     "features_from": FEATURES_FROM,
     "augmentation": AUGMENTATIONS,
+    "control": CONTROLS,
+    "projector_init": PROJECTOR_INITS,
     "broken": BROKEN,
     "select": SELECTION,
     "impl": IMPLS,

@@ -30,6 +30,7 @@ from fused_route.training.experiment.folder import (
     write_json,
     write_recipe,
 )
+from fused_route.training.experiment.projecting import start_projector
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.tasks import Rows, open_rows
 from fused_route.training.experiment.trainer import ExperimentTrainer, refuse_not_finite
@@ -119,6 +120,7 @@ def train(recipe: Recipe) -> Path:
     data = open_data(recipe)
     built = build(recipe, data.answers)
     encode(built, data.images())
+    start_projector(built, data.train.images())
     lock = alone_in(folder) if arguments.should_save else nullcontext()
     with lock:
         _run(recipe, arguments, data, built, folder)

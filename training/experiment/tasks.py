@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from fused_route.training.data.samples import Samples, open_samples
@@ -22,6 +23,7 @@ from fused_route.training.metrics.answers import (
 from fused_route.training.metrics.captions import caption_scores
 
 Predictions = Mapping[str, str]
+SHUFFLE = 0  # seed of the order of images under control="shuffled": the same for every run
 
 
 class Scored(NamedTuple):
@@ -109,10 +111,15 @@ class Rows(Dataset[dict[str, Any]]):
     Attributes:
         samples: by the task's name.
         starts: index of each task's first row, and the number of all at the end.
+        shuffled: by the task's name, whose images each row has instead of its own; empty: its own.
     """
 
-    def __init__(self, samples: Mapping[str, Samples]) -> None:
+    def __init__(self, samples: Mapping[str, Samples], control: str = "none") -> None:
         self.samples = dict(samples)
+        self.shuffled: dict[str, np.ndarray] = {}
+        if control == "shuffled":
+            draw = np.random.default_rng(SHUFFLE)
+            self.shuffled = {n: draw.permutation(len(s.rows)) for n, s in self.samples.items()}
         self.starts = [0, *accumulate(len(s.rows) for s in self.samples.values())]
 
     def __len__(self) -> int:
@@ -123,8 +130,10 @@ class Rows(Dataset[dict[str, Any]]):
         place = bisect.bisect_right(self.starts, number) - 1
         name = list(self.samples)[place]
         samples = self.samples[name]
-        row: dict[str, Any] = samples.rows[number - self.starts[place]]
-        paths = [samples.path(image) for image in row["images"]]
+        within = number - self.starts[place]
+        row: dict[str, Any] = samples.rows[within]
+        shown = row if name not in self.shuffled else samples.rows[int(self.shuffled[name][within])]
+        paths = [samples.path(image) for image in shown["images"]]
         return {**row, "name": name, "row": index, "paths": paths}
 
     def of(self, name: str) -> range:
@@ -160,4 +169,4 @@ def open_rows(recipe: Recipe, split: str, role: str, names: Sequence[str] | None
             broken=recipe.broken,
             limit=task.limit,
         )
-    return Rows(opened)
+    return Rows(opened, recipe.control)

@@ -5,18 +5,26 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from fused_route import Attached, RoutedConfig, attach, checkpoint
+from fused_route import Attached, RoutedConfig, VisualProjector, attach, checkpoint
 from fused_route.training.baselines import CrossAttached, attach_cross_attention
 from fused_route.training.files import atomic_file
 from fused_route.training.packages import missing
 from fused_route.training.vlm import VisionLanguageModel
 
 CROSS_ATTENTION = "cross_attention.safetensors"
+LANGUAGE = "language_model.safetensors"
 
 
 class Tuned(Protocol):
     """The trained part of a model."""
+
+    @property
+    def projector(self) -> VisualProjector | None:
+        """From the features' width to the layers', where one was put in."""
 
     def save(self, folder: Path) -> None:
         """Writes it, and nothing of the frozen model."""
@@ -34,6 +42,11 @@ class Shared:
     def __init__(self, attached: Attached) -> None:
         self.attached = attached
 
+    @property
+    def projector(self) -> VisualProjector | None:
+        """Of `attach`."""
+        return self.attached.projector
+
     def save(self, folder: Path) -> None:
         """adapter_model.safetensors and adapter_config.json, which PEFT reads too."""
         self.attached.save(folder)
@@ -46,11 +59,42 @@ class Shared:
         """Nothing: there is one for all."""
 
 
+class Full(Shared):
+    """Routed layers and, beside them, every parameter of the language model."""
+
+    def __init__(self, attached: Attached, language: PreTrainedModel) -> None:
+        super().__init__(attached)
+        self.language = language.requires_grad_(True)
+
+    def save(self, folder: Path) -> None:
+        """The adapter's files, and the language model's parameters in one more."""
+        super().save(folder)
+        state = {n: p.detach().contiguous() for n, p in self.language.named_parameters()}
+        with atomic_file(folder / LANGUAGE) as file:
+            file.write(safetensors.torch.save(state))
+
+    def load(self, folder: Path) -> None:
+        """Takes both over, all or none of the language model's."""
+        tensors, own = _tensors(folder / LANGUAGE), dict(self.language.named_parameters())
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != {name: tuple(parameter.shape) for name, parameter in own.items()}:
+            raise ValueError(f"{folder / LANGUAGE} is of another language model")
+        super().load(folder)
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+
 class CrossAttention:
     """The cross-attention baseline, the same for every task."""
 
     def __init__(self, attached: CrossAttached) -> None:
         self.attached = attached
+
+    @property
+    def projector(self) -> VisualProjector | None:
+        """Of `attach`."""
+        return self.attached.plain.projector
 
     def save(self, folder: Path) -> None:
         """All its tensors in one file."""
@@ -60,15 +104,17 @@ class CrossAttention:
 
     def load(self, folder: Path) -> None:
         """Takes them over, all or none."""
-        path = folder / CROSS_ATTENTION
-        try:
-            tensors = safetensors.torch.load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
-        self.attached.load_state_dict(tensors)
+        self.attached.load_state_dict(_tensors(folder / CROSS_ATTENTION))
 
     def use(self, task: str) -> None:
         """Nothing: there is one for all."""
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 class PerTask:
@@ -90,6 +136,10 @@ class PerTask:
         for name in others:
             self.peft.add_adapter(name, _for_peft(config))
         self.use(first)
+
+    @property
+    def projector(self) -> None:
+        """None: features of another width are refused."""
 
     def save(self, folder: Path) -> None:
         """A folder for each task, as PEFT writes them."""
@@ -149,4 +199,8 @@ def tune(
         return CrossAttention(
             attach_cross_attention(model, config, heads=heads, context=model.context)
         )
-    return Shared(attach(model, config, impl=impl, plan=plan))
+    attached = attach(model, config, impl=impl, plan=plan)
+    if method == "full":
+        assert isinstance(model.language, PreTrainedModel)
+        return Full(attached, model.language)
+    return Shared(attached)

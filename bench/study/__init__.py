@@ -1,0 +1,1 @@
+"""Does routing help? The study under docs/study, made and written."""
