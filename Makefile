@@ -21,13 +21,14 @@ KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py kernel_d
 HUGGING_FACE_TESTS := $(addprefix tests/test_,peft.py peft_configs.py vlm.py vlm_generate.py towers.py visual_tokens.py vlm_training.py \
 	distributed.py quantised.py card.py huggingface_docs.py attach.py checkpoint.py text.py)
 
-.PHONY: help setup demo demo-full demo-bundle docs docs-built docs-current test test-all test-oldest test-quantised test-pythons \
+.PHONY: help setup demo demo-full demo-bundle study docs docs-built docs-current test test-all test-oldest test-quantised test-pythons \
 	test-plain lint types clean
 
 help:
 	@echo "make demo       compare routes on real images, questions and weights (about 9 minutes)"
 	@echo "make demo-full  the same, longer and with 3 seeds"
 	@echo "make demo-bundle  data and weights of the demo in one file, for a machine without a network"
+	@echo "make study      the study of docs/study: does routing help?"
 	@echo "make docs       reference: HTML in .cache/docs/html, Markdown in docs/reference"
 	@echo "make test       lint, types, reference, tests"
 	@echo "make test-all   the slow tests too, and oldest and other versions"
@@ -45,6 +46,10 @@ demo: $(READY)
 
 demo-full: $(READY)
 	$(BIN)/fused-route demo --steps 1200 --seeds 3 --out runs/demo-full
+
+# Does routing help? 236 trainings, some 90 minutes on two cores; goes on where it stopped.
+study: $(READY)
+	$(BIN)/python -m bench.study all
 
 # What the demo needs on a machine without its data packages and without a network, as one file.
 demo-bundle: $(READY)

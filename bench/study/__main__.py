@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from bench.study.page import write_tables
 from bench.study.publish import RESULTS_FOLDER, publish
 from bench.study.run import COMPARISONS, prepare, run
 from fused_route.training.cli import positive
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         failed = run(names, told.jobs) if told.command in ("run", "all") else 0
         if told.command in ("publish", "all"):
             publish(names)
+            write_tables(RESULTS_FOLDER)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         print(f"bench.study: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -125,7 +125,8 @@ def _rows(captions: Path, split: str) -> list[Row]:
 
 def _batches(tokenizer: PreTrainedTokenizerFast) -> Batches:
     """A recipe's batches of captions, but for the images."""
-    task = TaskRecipe("coco", max_length=POSITIONS, max_new_tokens=POSITIONS - 2)
+    length = POSITIONS - AHEAD
+    task = TaskRecipe("coco", max_length=length, max_new_tokens=length - 2)
     return Batches("decoder", {TASK: task}, tokenizer, images=lambda *rows: {})
 
 
