@@ -21,7 +21,12 @@ from PIL import Image
 from fused_route.training.comparison import plan, work
 from fused_route.training.comparison.plan import Comparison, read_comparison
 from fused_route.training.comparison.results import unequal
-from fused_route.training.comparison.statistics import differences, paired_bootstrap, spread
+from fused_route.training.comparison.statistics import (
+    differences,
+    grouped,
+    paired_bootstrap,
+    spread,
+)
 
 pytestmark = pytest.mark.usefixtures("without_java")
 
@@ -59,6 +64,28 @@ class TestStatistics:
         found = paired_bootstrap([values])
         assert found[1:] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
         assert found == paired_bootstrap([values])
+
+    def test_groups_are_drawn_whole(self) -> None:
+        """As many resamples of groups of 1 to 5 items, drawn one by one, have the same interval."""
+        draw = np.random.default_rng(2)
+        sizes = draw.integers(1, 6, 200)
+        of = np.repeat(np.arange(200), sizes)
+        values = np.repeat(draw.normal(0.1, 1.0, 200), sizes) + draw.normal(0, 0.1, len(of))
+        order = draw.permutation(len(of))
+        parts = [values[of == group] for group in range(200)]
+        drawn = ([parts[i] for i in draw.integers(0, 200, 200)] for _ in range(5000))
+        means = [np.concatenate(found).mean() for found in drawn]
+        found = paired_bootstrap([values[order]], [of[order]])
+        assert found.mean == pytest.approx(values.mean())
+        assert found[1:] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
+        alone = paired_bootstrap([values])
+        assert found.high - found.low > 1.5 * (alone.high - alone.low)
+
+    def test_groups_are_numbered_in_the_order_of_the_items(self) -> None:
+        first = {"vqa": {"c": 1.0, "a": 0.0, "b": 1.0}}
+        (numbers,) = grouped(first, {"vqa": {"a": "x", "b": "y", "c": "y"}})
+        assert numbers is not None and numbers.tolist() == [0, 1, 0]
+        assert grouped(first, None) == [None]
 
     def test_tasks_count_alike_and_are_drawn_apart(self) -> None:
         small, large = np.array([1.0, 1.0]), np.array([0.0, 1.0] * 200)

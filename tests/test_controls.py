@@ -77,8 +77,8 @@ class TestControls:
         within = flat.unflatten(1, (4000, 6)) - flat.unflatten(1, (4000, 6)).mean(1, keepdim=True)
         for feature in range(6):
             assert abs(torch.corrcoef(within[:, :, feature])[0, 1]) < 0.1
-        part = in_place_of(images[:1], "noise", rows[:1], 0)  # one row has no deviation
-        torch.testing.assert_close(part, images[:1])
+        alone = in_place_of(images[:1], "noise", rows[:1], 0)  # the mean would be the image
+        assert alone.shape == images[:1].shape and float(alone.abs().max()) < 6
 
     def test_a_run_may_be_scored_without_its_images(self, folder: Path) -> None:
         told = recipe(folder, "roberta", "lora", "--out", str(folder / "runs" / "own"))
@@ -123,15 +123,28 @@ class TestProjector:
             (torch.randn(50, 9), "visual_width"),
             (torch.ones(50, 8), "do not vary"),
             (torch.randn(8), "features must be"),
+            (torch.zeros(0, 8), "features is empty"),
         ],
     )
     def test_features_that_cannot_be_fitted_to(self, features: torch.Tensor, says: str) -> None:
         with pytest.raises(ValueError, match=says):
-            fit_projector(VisualProjector(8, {4}), features)
+            fit_projector(VisualProjector(8, {4}), [features])
 
     def test_features_narrower_than_the_layers(self) -> None:
         with pytest.raises(ValueError, match="8 wide and the layers 16"):
-            fit_projector(VisualProjector(8, {16}), torch.randn(50, 8))
+            fit_projector(VisualProjector(8, {16}), [torch.randn(50, 8)])
+
+    def test_no_features(self) -> None:
+        with pytest.raises(ValueError, match="features is empty"):
+            fit_projector(VisualProjector(8, {4}), [])
+
+    def test_parts_give_what_the_whole_does(self) -> None:
+        features = torch.randn(300, 8) * 0.1 + torch.arange(8) * 100
+        one, other = VisualProjector(8, {4}), VisualProjector(8, {4})
+        fit_projector(one, [features])
+        fit_projector(other, features.split(70))
+        a, b = (projector(features)[4].detach() for projector in (one, other))
+        torch.testing.assert_close(a.abs(), b.abs(), atol=2e-2, rtol=1e-2)
 
     def test_it_needs_the_cache(self, folder: Path) -> None:
         with pytest.raises(ValueError, match="features_from='cache'"):

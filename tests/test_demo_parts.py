@@ -115,7 +115,7 @@ def test_the_image_reaches_the_answer_only_through_what_an_arm_has() -> None:
 def test_projector_is_fitted_to_mean_zero_and_mean_square_one() -> None:
     features = torch.randn(500, 20) * torch.linspace(0.1, 3, 20) + 5
     projector = VisualProjector(20, {8})
-    fit_projector(projector, features)
+    fit_projector(projector, [features])
     projected = projector(features)[8]
     torch.testing.assert_close(projected.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
     assert projected.square().mean().item() == pytest.approx(1.0, rel=1e-4)

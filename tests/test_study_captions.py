@@ -19,7 +19,9 @@ from fused_route.training.data.samples import Source, open_samples
 from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.pretrained import load_language
 
-COMPARISON = Path(__file__).parents[1] / "docs" / "study" / "comparisons" / "captions.yaml"
+COMPARISON = (
+    Path(__file__).parents[1] / "docs" / "study" / "comparisons" / "synthetic-captions.yaml"
+)
 NAMES = sorted(easy_vqa.SHAPES | easy_vqa.COLOURS)
 WORDS = {word for text in (*TEMPLATES, *NAMES) for word in text.split()}
 IMAGES = {"train": 2133, "val": 302, "test": 603}

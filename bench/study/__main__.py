@@ -1,7 +1,6 @@
 """python -m bench.study: prepares, runs and publishes the study under docs/study."""
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -26,9 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if told.command in ("publish", "all"):
             publish(names)
             write_tables(RESULTS_FOLDER)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"bench.study: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bench.study: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     print(NEXT[told.command])
     return int(failed > 0)
 

@@ -11,8 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from bench.study.folders import whole_folder
-from fused_route.checks import shown
+from bench.study.folders import made_once
 from fused_route.training.data.coco import KARPATHY
 from fused_route.training.data.easy_vqa import Questions, Split, answer_type, image_paths, load
 
@@ -77,14 +76,15 @@ def write_captions(folder: Path) -> Path:
         ValueError: the folder holds something else, easy-VQA is not installed, or its answers
             contradict each other.
     """
-    if not is_finished(folder, KARPATHY.path):
+
+    def fill(partial: Path) -> None:
         images: list[dict[str, Any]] = []
-        with whole_folder(folder) as partial:
-            for split in get_args(Split):
-                images += _copied(split, partial, first=len(images))
-            told = {"dataset": "easy-VQA with synthetic captions", "images": images}
-            (partial / KARPATHY.path).write_text(json.dumps(told) + "\n", encoding="utf-8")
-    return folder
+        for split in get_args(Split):
+            images += _copied(split, partial, first=len(images))
+        told = {"dataset": "easy-VQA with synthetic captions", "images": images}
+        (partial / KARPATHY.path).write_text(json.dumps(told) + "\n", encoding="utf-8")
+
+    return made_once(folder, KARPATHY.path, fill)
 
 
 def _copied(split: Split, folder: Path, first: int) -> list[dict[str, Any]]:
@@ -108,17 +108,3 @@ def _copied(split: Split, folder: Path, first: int) -> list[dict[str, Any]]:
             }
         )
     return entries
-
-
-def is_finished(folder: Path, last: str) -> bool:
-    """Whether a folder is there, with the file `last` that it has when it is finished.
-
-    Raises:
-        ValueError: it is there without.
-    """
-    if folder.exists() and not (folder / last).is_file():
-        raise ValueError(
-            f"folder={shown(str(folder))} is there without {last}; accepted: one that is finished, "
-            "or a name that nothing has yet"
-        )
-    return folder.exists()

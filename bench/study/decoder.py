@@ -18,8 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from bench.study.captions import is_finished
-from bench.study.folders import whole_folder
+from bench.study.folders import made_once
 from fused_route.checks import whole
 from fused_route.training.data.coco import SPLITS
 from fused_route.training.experiment.batches import Batches
@@ -56,8 +55,10 @@ def train_decoder(captions: Path, out: Path, *, steps: int = 150, seed: int = 0)
     """
     whole("steps", steps)
     whole("seed", seed, least=0)
-    if is_finished(out, MADE):
-        return out
+    return made_once(out, MADE, lambda folder: _fill(folder, captions, steps, seed))
+
+
+def _fill(folder: Path, captions: Path, steps: int, seed: int) -> None:
     rows, held_out = _rows(captions, "karpathy-train"), _rows(captions, "karpathy-val")
     tokenizer = word_tokenizer([row["answer"] for row in rows])
     model = _fitted(tokenizer, rows, steps, seed)
@@ -68,14 +69,12 @@ def train_decoder(captions: Path, out: Path, *, steps: int = 150, seed: int = 0)
         "of_frequencies": perplexity_of_frequencies(tokenizer, rows),
     }
     print(
-        f"{out}: perplexity of held-out captions {found['held_out']:.3f} a token; "
+        f"decoder: perplexity of held-out captions {found['held_out']:.3f} a token; "
         f"by how often each is said {found['of_frequencies']:.3f}"
     )
-    with whole_folder(out) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / MADE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    return out
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / MADE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def word_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -8,7 +8,6 @@ from typing import Any
 
 from bench.study.run import COMPARISONS, comparison_file
 from bench.tables import Table, markdown
-from fused_route.training.comparison.plan import read_comparison
 from fused_route.training.comparison.report import CURVES, DIFFERENCES, REPORT, RESULTS
 from fused_route.training.data import easy_vqa
 
@@ -20,7 +19,7 @@ TITLES = {
     "controls": "Controls: no image of the question's own",
     "rank-4": "Rank 4",
     "rank-64": "Rank 64",
-    "captions": "Synthetic captions, a decoder",
+    "synthetic-captions": "Synthetic captions: a decoder of ours, captions made from answers",
 }
 KINDS = {
     "vqa_accuracy/yes/no": "yes/no",
@@ -47,6 +46,8 @@ def tables(found: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
     parts = ["# Tables of the study", _explained(found)]
     for name, told in found.items():
         parts += [f"## {TITLES[name]}", _described(name, told), markdown(arms_table(told), text=1)]
+        flags = [f"- {arm['name']}: {flag}" for arm in told["arms"] for flag in arm["flags"]]
+        parts += ["\n".join(flags)] if flags else []
         figures = [file for file in (DIFFERENCES, CURVES) if (folder / name / file).is_file()]
         links = [f"[{file}]({folder.name}/{name}/{file})" for file in (REPORT, RESULTS, *figures)]
         parts.append(" · ".join(links))
@@ -68,6 +69,7 @@ def arms_table(told: Mapping[str, Any]) -> Table:
     lines = [[*heading, *(KINDS[kind] for kind in kinds), "lr", "parameters", "seconds", "MiB"]]
     for arm in told["arms"]:
         if arm["score"] is None:
+            lines.append([arm["name"], "not done", *["–"] * (len(lines[0]) - 2)])
             continue
         lines.append(
             [
@@ -108,40 +110,47 @@ def by_seed(told: Mapping[str, Any], arm: str) -> list[float]:
 
 
 def _rate(told: Mapping[str, Any], arm: Mapping[str, Any]) -> str:
+    """The learning rate; "at the edge" where it was the largest or the smallest of those tried."""
     rates = {
         r["settings"]["training.learning_rate"] for r in told["runs"] if r["arm"] == arm["name"]
     }
-    return ", ".join(f"{rate:g}" for rate in sorted(rates))
+    tried = told["comparison"]["rates"]
+    edge = bool(tried) and arm["rate"] in (min(tried), max(tried))
+    return ", ".join(f"{rate:g}" for rate in sorted(rates)) + (", edge" if edge else "")
 
 
 def _explained(found: Mapping[str, Mapping[str, Any]]) -> str:
     """What was run, on what, and what the columns are."""
     runs = [run for told in found.values() for run in told["runs"]]
-    count = sum(
-        len(read_comparison(comparison_file(name)).arms)
-        * max(len(told["comparison"]["rates"]) - 1, 0)
-        for name, told in found.items()
-    )
+    others = sum(max(len(arm["rates"]) - 1, 0) for told in found.values() for arm in told["arms"])
     versions = Counter(
         ", ".join(f"{name} {number}" for name, number in run["versions"].items()) for run in runs
     )
-    commits = sorted({str(run["commit"])[:8] for run in runs})
+    commits = sorted({short(str(run["commit"])) for run in runs})
     machines = sorted({run["machine"] for run in runs})
     prior = language_prior()
     return (
-        f"Written by `python -m bench.study publish`. {len(runs)} runs, and {count} more to choose "
-        f"learning rates by; {'; '.join(versions)}; commit {', '.join(commits)}; "
+        f"Written by `python -m bench.study publish`. {len(runs)} runs, and {others} more to "
+        f"choose learning rates by; {'; '.join(versions)}; commit {', '.join(commits)}; "
         f"{'; '.join(machines)}.\n\n"
-        "Score: accuracy on the 9,673 test questions (captions: CIDEr on 603 test images), times "
-        "100, mean ± sample standard deviation over seeds. Difference: on the same items, seeds "
-        "averaged, with the 95 % interval of 10,000 paired bootstrap resamples of the items; it "
-        "says how another draw of items would change it, and seed by seed how another seed did. "
-        "lr: that of three with the best validation score with the first seed. Seconds of training "
-        "with its validation on one core, MiB of resident memory.\n\n"
-        f"The best answer to each question's text, without its image: {100 * prior['all']:.1f} "
-        f"(yes/no {100 * prior['yes/no']:.1f}, shape {100 * prior['shape']:.1f}, colour "
-        f"{100 * prior['colour']:.1f})."
+        "Score: accuracy on the 9,673 test questions about 1,000 images (captions: CIDEr on 603 "
+        "test images), times 100, mean ± sample standard deviation over seeds. Difference: on the "
+        "same items, seeds averaged, with the 95 % interval of 10,000 paired bootstrap resamples "
+        "of the images: how another draw of images would change it. How another seed did is in "
+        "the next column, and is more. lr: of three the one with the best validation (captions: "
+        "the lowest loss) with the first seed, at the edge where there may be better beyond; "
+        "controls: that of their route in the first table. Seconds of training with validation, "
+        "one thread a run, two runs at once and other work beside them: orders of magnitude. "
+        "MiB of resident memory.\n\n"
+        "The most frequent answer to each question's text in all 4,000 training images: "
+        f"{100 * prior['all']:.1f} (yes/no {100 * prior['yes/no']:.1f}, shape "
+        f"{100 * prior['shape']:.1f}, colour {100 * prior['colour']:.1f})."
     )
+
+
+def short(commit: str) -> str:
+    """Eight digits, and the "+" of files that differed."""
+    return commit[:8] + "+" * commit.endswith("+")
 
 
 def language_prior() -> dict[str, float]:

@@ -44,4 +44,4 @@ def _write_items(comparison: Path, path: Path) -> None:
             order = ids.setdefault(task, list(scores))
             arrays[f"{arm}/{seed}/{task}"] = np.array([scores[key] for key in order], np.float32)
     arrays |= {f"ids/{task}": np.array(order) for task, order in ids.items()}
-    np.savez_compressed(path, allow_pickle=False, **arrays)
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]

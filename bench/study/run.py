@@ -1,26 +1,27 @@
 """Running the study: what its comparisons need, then all of them, as many at once as told."""
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from bench.study.captions import write_captions
 from bench.study.decoder import train_decoder
 from bench.study.text import write_text_model
 from bench.study.vit import write_vit
+from fused_route.training.cli import main
 from fused_route.training.comparison.plan import Comparison, read_comparison
-from fused_route.training.comparison.work import TRAINED
+from fused_route.training.comparison.work import TRAINED, end_with_parent
 
 STUDY = Path("docs", "study")
-COMPARISONS = ("centre", "prefix", "adapter", "controls", "rank-4", "rank-64", "captions")
+COMPARISONS = ("centre", "prefix", "adapter", "controls", "rank-4", "rank-64", "synthetic-captions")
 CACHE, RUNS = Path(".cache", "study"), Path("runs", "study")
-COMMAND = (sys.executable, "-m", "fused_route.training")
 EVERY = 2.0  # seconds between two looks at what is done
 
 
@@ -41,12 +42,9 @@ def prepare() -> None:
     write_vit(CACHE / "models" / "vit")
     write_captions(CACHE / "captions")
     train_decoder(CACHE / "captions", CACHE / "models" / "decoder")
-    for recipe in ("recipe.yaml", "captions-recipe.yaml"):
-        _call(["encode", str(STUDY / recipe)])
-
-
-def _call(arguments: Sequence[str]) -> None:
-    subprocess.run([*COMMAND, *arguments], check=True)
+    for recipe in ("recipe.yaml", "synthetic-captions-recipe.yaml"):
+        if main(["encode", str(STUDY / recipe)]):
+            raise ValueError(f"the images of {STUDY / recipe} are not encoded: see above")
 
 
 def trainings(comparison: Comparison) -> int:
@@ -68,28 +66,51 @@ def run(names: Sequence[str], jobs: int, out: Path = RUNS) -> int:
         jobs: how many at once; each gets as many threads as the cores allow.
         out: folder of their folders; OUT/NAME.log is what a comparison printed.
     """
-    files = {name: comparison_file(name) for name in names}
-    told = {name: read_comparison(file) for name, file in files.items()}
-    total = sum(map(trainings, told.values()))
+    left = list(dict.fromkeys(names))
+    files = {name: comparison_file(name) for name in left}
+    total = sum(trainings(read_comparison(file)) for file in files.values())
     threads = max(1, (os.cpu_count() or 1) // jobs)
     out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        done = [pool.submit(_compare, files[name], out / name, threads) for name in names]
-        with tqdm(total=total, desc=f"{len(names)} comparisons", unit="run") as bar:
-            while not all(future.done() for future in done):
-                bar.update(sum(trained(out / name) for name in names) - bar.n)
+    running: dict[str, Any] = {}
+    failed = 0
+    with tqdm(total=total, desc=f"{len(files)} comparisons", unit="run") as bar:
+        try:
+            while left or running:
+                while left and len(running) < jobs:
+                    name = left.pop(0)
+                    running[name] = _started(files[name], out / name, threads)
                 time.sleep(EVERY)
-            bar.update(sum(trained(out / name) for name in names) - bar.n)
-    statuses = dict(zip(names, (future.result() for future in done), strict=True))
-    for name, status in statuses.items():
-        if status:
-            print(f"{name} ended with status {status}: see {out / name}.log", file=sys.stderr)
-    return sum(map(bool, statuses.values()))
+                for name in [name for name, process in running.items() if not process.is_alive()]:
+                    failed += _ended(running.pop(name), out / name, bar)
+                bar.update(sum(trained(out / name) for name in files) - bar.n)
+        except BaseException:
+            for process in running.values():
+                process.terminate()
+                process.join()
+            raise
+    return failed
 
 
-def _compare(file: Path, out: Path, threads: int) -> int:
-    """A process of `fused-route compare`; its exit status."""
-    command = [*COMMAND, "compare", str(file), "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with out.with_name(f"{out.name}.log").open("ab") as log:
-        return subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
+def _started(file: Path, out: Path, threads: int) -> Any:
+    """A process of `fused-route compare`, which ends with this one."""
+    process = get_context("spawn").Process(target=_compare, args=(file, out, threads))
+    process.start()
+    return process
+
+
+def _ended(process: Any, out: Path, bar: "tqdm[Any]") -> bool:
+    """Whether a process failed; says so."""
+    process.join()
+    if process.exitcode:
+        status = f"ended with status {process.exitcode}: see {out}.log"
+        bar.write(f"{out.name} {status}", file=sys.stderr)
+    return bool(process.exitcode)
+
+
+def _compare(file: Path, out: Path, threads: int) -> None:
+    end_with_parent()
+    log = os.open(out.with_name(f"{out.name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(threads)
+    sys.exit(main(["compare", str(file), "--out", str(out)]))

@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench.study.folders import whole_folder
+from bench.study.folders import made_once
 from fused_route.training.data import easy_vqa
 from fused_route.training.data.images import load_image
 from fused_route.training.encoders import encoder_of
+from fused_route.training.tables import without_nan
 from fused_route.training.towers import wrap_timm
 
 NAME = "vit_small_patch16_224"
 ARGUMENTS = {"img_size": 64, "depth": 4}  # 384 wide, as MiniLM is: no projector; 16 patches
-FIT = range(3750)  # images of the split "fit"; the others of "train" tell how well it sees
+ACCURACY = "accuracy.json"
 BATCH, RATE, DECAY = 64, 5e-4, 0.05
 CLASSES = {
     "shape": sorted(easy_vqa.SHAPES),
@@ -25,40 +26,47 @@ CLASSES = {
 }
 
 
-def write_vit(out: Path, epochs: int = 12, seed: int = 0) -> Path:
+def write_vit(
+    out: Path, epochs: int = 12, fit: int = 3750, images: int = 4000, seed: int = 0
+) -> Path:
     """A folder with the ViT as a model of transformers, and accuracy.json; made once.
 
     It learns shape and colour of easy-VQA's images, as far as the answers of type "shape" and
     "colour" tell them, with the mean of two cross-entropies on its class token.
 
+    Args:
+        out: the folder.
+        epochs, seed: of the training.
+        fit: images of the split "train" that it is trained on, from the first: those of "fit".
+        images: up to which one the others tell how well it sees.
+
     Raises:
-        ValueError: the package easy-vqa is not installed.
+        ValueError: the package easy-vqa is not installed, or `out` holds something else.
     """
+    return made_once(out, ACCURACY, lambda folder: _fill(folder, epochs, fit, images, seed))
+
+
+def _fill(folder: Path, epochs: int, fit: int, number: int, seed: int) -> None:
     import timm
 
-    if out.is_dir():
-        return out
     torch.manual_seed(seed)
     model: Any = timm.create_model(NAME, num_classes=0, **ARGUMENTS)
     tower = wrap_timm(model, **ARGUMENTS)
     preprocess = encoder_of(tower, None, "pooled").preprocess
-    paths = easy_vqa.image_paths("train")
+    paths = easy_vqa.image_paths("train")[:number]
     bar = tqdm(paths, desc="reading images", leave=False)
     images = torch.stack([preprocess(load_image(path)) for path in bar])
-    labels = image_labels(easy_vqa.load("train"), len(paths))
+    labels = image_labels(easy_vqa.load("train"))
     heads = nn.ModuleDict({kind: nn.Linear(384, len(CLASSES[kind])) for kind in CLASSES})
-    _train(model, heads, images[FIT.start : FIT.stop], _among(labels, slice(0, FIT.stop)), epochs)
-    held_out = slice(FIT.stop, None)
-    found = accuracy(model, heads, images[held_out], _among(labels, held_out))
-    with whole_folder(out) as folder:
-        tower.save_pretrained(folder)
-        (folder / "accuracy.json").write_text(json.dumps(found) + "\n")
-    return out
+    _train(model, heads, images[:fit], _among(labels, slice(fit)), epochs)
+    found = accuracy(model, heads, images[fit:], _among(labels, slice(fit, number)))
+    tower.save_pretrained(folder)
+    (folder / ACCURACY).write_text(json.dumps(without_nan(found)) + "\n")
 
 
-def image_labels(questions: easy_vqa.Questions, images: int) -> dict[str, Tensor]:
+def image_labels(questions: easy_vqa.Questions) -> dict[str, Tensor]:
     """Class of each image (images,) by kind, −100 where no answer tells it."""
-    labels = {kind: torch.full((images,), -100) for kind in CLASSES}
+    labels = {kind: torch.full((max(questions.image_ids) + 1,), -100) for kind in CLASSES}
     for answer, image in zip(questions.answers, questions.image_ids, strict=True):
         kind = easy_vqa.answer_type(answer)
         if kind in labels:

@@ -73,7 +73,7 @@ def _content(runs: Runs, arms: Sequence[Arm], notes: Sequence[str]) -> dict[str,
     ]
     return {
         "comparison": dict(vars(comparison)),
-        "interval": {"of": "items", "level": LEVEL, "resamples": RESAMPLES},
+        "interval": {"of": _drawn(runs), "level": LEVEL, "resamples": RESAMPLES},
         "notes": list(notes),
         "arms": [_plain(arm) for arm in arms],
         "failed": failed,
@@ -141,9 +141,14 @@ def _explained(runs: Runs, arms: Sequence[Arm]) -> str:
         text += (
             f" Differences on the same {items:,} items, each averaged over the seeds that both "
             f"arms have, with the interval of {RESAMPLES:,} paired bootstrap resamples of the "
-            "items: how another draw of items would change it, not another seed."
+            f"{_drawn(runs)}: how another draw of them would change it, not another seed."
         )
     return f"{text} Seconds of training with its validation; peak memory of a run ({memory})."
+
+
+def _drawn(runs: Runs) -> str:
+    """What is resampled: images, each with all its items, or items where these are not known."""
+    return "items" if runs.images is None else "images"
 
 
 def _scores(arms: Sequence[Arm]) -> list[list[str]]:

@@ -9,6 +9,7 @@ from fused_route.training.comparison.statistics import (
     Difference,
     Spread,
     differences,
+    grouped,
     paired_bootstrap,
     spread,
 )
@@ -128,7 +129,8 @@ def _against(runs: Runs, name: str, shared: Sequence[int]) -> _Compared:
         paired = differences(ours, theirs)
     except ValueError as error:  # must not stop the runs that are left
         return _Compared(flags=(f"not compared: {error}",))
-    return _Compared(paired_bootstrap(paired), tuple(shared), sum(map(len, paired)))
+    numbers = grouped(ours[0], runs.images)
+    return _Compared(paired_bootstrap(paired, numbers), tuple(shared), sum(map(len, paired)))
 
 
 def _curve(

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from fused_route.training.comparison.work import (
     carry_out,
     settings_of,
 )
+from fused_route.training.experiment.evaluation import tasks_with
 from fused_route.training.experiment.folder import PLACES, anchored, write_json
-from fused_route.training.experiment.recipe import Recipe
+from fused_route.training.experiment.recipe import Recipe, default
+from fused_route.training.experiment.tasks import open_rows
 
 COMPARISON, CHOSEN, RUNS, RATES, ARMS = "comparison.json", "chosen.json", "runs", "rates", "arms"
 DIVERGED = "training diverged"
@@ -63,6 +66,22 @@ class Runs:
         """Scores by task and id of a finished run."""
         found = _read(self.folder(arm, seed) / ITEMS)
         assert found is not None
+        return found
+
+    @cached_property
+    def images(self) -> dict[str, dict[str, str]] | None:
+        """The first image of each scored item, by task and id; None where the data are gone."""
+        recipe = self.recipes[self.comparison.baseline]
+        split = self.comparison.split
+        try:
+            rows = open_rows(recipe, split, "evaluate", tasks_with(recipe, split))
+        except ValueError:
+            return None
+        found = {}
+        for name, samples in rows.samples.items():
+            table = samples.rows.select_columns(["id", "images"]).to_dict()
+            pairs = zip(table["id"], table["images"], strict=True)
+            found[name] = {key: images[0] for key, images in pairs}
         return found
 
     def done(self, arm: str) -> list[int]:
@@ -127,7 +146,8 @@ def _same(job: Job, record: Mapping[str, Any], folder: Path) -> None:
     theirs, ours = dict(record["settings"]), settings_of(job.recipe)
     theirs["split"], ours["split"] = record["split"], job.split
     for name in sorted(theirs.keys() | ours.keys()):
-        if not PLACES.fullmatch(name) and theirs.get(name) != ours.get(name):
+        same = theirs.get(name, default(name)) == ours.get(name, default(name))
+        if not PLACES.fullmatch(name) and not same:
             raise ValueError(
                 f"{folder} is a run of other settings ({name} is {shown(theirs.get(name))} there, "
                 f"{shown(ours.get(name))} here): name another folder with --out"

@@ -10,6 +10,7 @@ RESAMPLES, SEED, LEVEL = 10_000, 0, 0.95
 CHUNK = 2**22  # counts that are drawn at a time
 
 Items = Mapping[str, Mapping[str, float]]  # scores by task and id
+Groups = Mapping[str, Mapping[str, str]]  # what an item is about, by task and id
 
 
 class Spread(NamedTuple):
@@ -57,8 +58,21 @@ def differences(ours: Sequence[Items], theirs: Sequence[Items]) -> list[np.ndarr
     return found
 
 
+def grouped(first: Items, groups: Groups | None) -> list[np.ndarray | None]:
+    """By task, (items,): the number of each item's group, in the order of `differences`."""
+    if groups is None:
+        return [None] * len(first)
+    found: list[np.ndarray | None] = []
+    for task, items in first.items():
+        numbers: dict[str, int] = {}
+        of = [numbers.setdefault(groups[task][key], len(numbers)) for key in items]
+        found.append(np.array(of))
+    return found
+
+
 def paired_bootstrap(
     by_task: Sequence[np.ndarray],
+    groups: Sequence[np.ndarray | None] | None = None,
     *,
     resamples: int = RESAMPLES,
     seed: int = SEED,
@@ -66,25 +80,31 @@ def paired_bootstrap(
 ) -> Difference:
     """The mean over tasks of mean differences, with its percentile bootstrap interval over items.
 
-    Items are drawn with replacement within their task. What a resample's mean is follows from how
-    often each distinct difference occurs in it, so these counts are drawn: multinomial.
+    Items are drawn with replacement within their task; where they are grouped, whole groups are:
+    questions about one image are right and wrong together, and alone would make intervals too
+    narrow. What a resample's mean is follows from how often each distinct (sum of a group, its
+    size) occurs in it, so these counts are drawn: multinomial.
 
     Args:
         by_task: (items,) each, as of `differences`.
+        groups: (items,) each, as of `grouped`; None: every item is one.
         resamples: how many.
         seed: of the draws.
         level: of the interval.
     """
     draw = np.random.default_rng(seed)
     means = np.zeros(resamples)
-    for values in by_task:
-        distinct, counts = np.unique(values, return_counts=True)
-        shares, size = counts / counts.sum(), len(values)
+    for values, of in zip(by_task, groups or [None] * len(by_task), strict=True):
+        numbers = np.arange(len(values)) if of is None else of
+        summed = np.stack([np.bincount(numbers, values), np.bincount(numbers)], 1)
+        distinct, counts = np.unique(summed, axis=0, return_counts=True)
         step = max(1, CHUNK // len(distinct))
         for start in range(0, resamples, step):
             stop = min(start + step, resamples)
-            drawn = draw.multinomial(size, shares, size=stop - start)
-            means[start:stop] += drawn @ distinct / size
+            shares = counts / counts.sum()
+            drawn = draw.multinomial(len(summed), shares, size=stop - start)
+            sums, sizes = (drawn @ distinct).T
+            means[start:stop] += sums / sizes
     means /= len(by_task)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     observed = float(np.mean([values.mean() for values in by_task]))

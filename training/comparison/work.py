@@ -97,7 +97,7 @@ def _now() -> str:
 
 def _work(job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     log = os.open(job.folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -112,12 +112,16 @@ def _work(job: Job) -> None:
         sys.exit(1)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A parent that was killed leaves no run behind that would be in its successor's way."""
     parent = parent_process()
     if parent is not None:
-        parent.join()
-        os._exit(1)
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(process: Any) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _quiet() -> None:

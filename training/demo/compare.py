@@ -176,7 +176,7 @@ def build(
     )
     attached = attach(model, config)
     assert attached.projector is not None
-    fit_projector(attached.projector, train.features)
+    fit_projector(attached.projector, [train.features])
     return model, attached
 
 

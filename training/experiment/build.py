@@ -85,7 +85,7 @@ def build(recipe: Recipe, answers: Sequence[str] = ()) -> Built:
     model = _model(recipe, tower, language, len(answers))
     tuned = tune(
         model,
-        _fitted(recipe.adapter, model, new),
+        _fitted(recipe, model, new),
         method=recipe.method,
         heads=recipe.heads,
         modules=recipe.modules,
@@ -142,15 +142,17 @@ def check_length(name: str, task: TaskRecipe, kind: str, language: PreTrainedMod
         )
 
 
-def _fitted(adapter: RoutedConfig, model: VisionLanguageModel, new: Sequence[str]) -> RoutedConfig:
+def _fitted(recipe: Recipe, model: VisionLanguageModel, new: Sequence[str]) -> RoutedConfig:
     """The configuration with what has to train: modules that no file has, and a projector, where
-    the image is of another width than the text."""
+    the image is of another width than the text and is looked at."""
+    adapter = recipe.adapter
     heads = [*new, *(["image_projection"] if model.image_projection is not None else [])]
     saved = tuple(dict.fromkeys([*adapter.modules_to_save, *heads]))
     adapter = replace(adapter, modules_to_save=saved)
     if adapter.visual_width is not None or model.image_projection is not None:
         return adapter
-    if adapter.routed_by != "image" or (adapter.route == "none" and model.visual_tokens is None):
+    seen = adapter.route != "none" or recipe.method == "cross-attention"
+    if adapter.routed_by != "image" or not (seen or model.visual_tokens is not None):
         return adapter
     width = model.language.get_input_embeddings().embedding_dim
     same = model.visual_width == width

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from fused_route.checks import shown
 from fused_route.training.data.answers import read_vocabulary, write_vocabulary
 from fused_route.training.experiment.build import Built, build
-from fused_route.training.experiment.recipe import Recipe
+from fused_route.training.experiment.recipe import Recipe, default
 from fused_route.training.experiment.recipe_file import read_recipe
 from fused_route.training.experiment.yaml_file import read_tree
 from fused_route.training.files import atomic_file
@@ -100,7 +100,8 @@ def open_run(
     trained, recipe = read_recipe(folder / RECIPE), read_recipe(folder / RECIPE, overrides)
     _refuse_other_function(trained, recipe)
     source = recipe.features_from if features_from is None else features_from
-    recipe = replace(recipe, augmentation="none", features_from=source)
+    # The projector's values come from the file: there is nothing to start it by.
+    recipe = replace(recipe, augmentation="none", features_from=source, projector_init="random")
     if recipe.model.kind == "classifier" and not (folder / ANSWERS).is_file():
         raise ValueError(f"{folder / ANSWERS} is missing: what the classes mean is in it")
     answers = read_vocabulary(folder / ANSWERS) if (folder / ANSWERS).is_file() else []
@@ -191,7 +192,8 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     if last_checkpoint(folder) is None and not is_run(folder):
         return  # a run that never came to its first checkpoint
     theirs, ours = flat(read_tree(path)), flat(yaml.safe_load(recipe.to_yaml()))
-    different = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
+    every = theirs.keys() | ours.keys()
+    different = sorted(k for k in every if theirs.get(k, default(k)) != ours.get(k, default(k)))
     different = [name for name in different if not PLACES.fullmatch(name)]
     if different:
         name = different[0]

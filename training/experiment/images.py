@@ -60,13 +60,16 @@ class PixelImages:
 def in_place_of(images: Tensor, control: str, rows: Sequence[Row], seed: int | None) -> Tensor:
     """What rows get in place of their images (B, …), features or pixels, as `Recipe.control` says.
 
-    Noise is drawn by a seed (None: 0) and the row, so that a resumed run draws the same.
+    Noise is drawn by a seed (None: 0) and the row, so that a resumed run draws the same. One row
+    alone has no deviation, and gets standard normal draws: its mean would be the image.
     """
     if control == "constant":
         return torch.ones_like(images)
     if control != "noise":
         return images
     drawn = torch.stack([_noise(images[0], row, seed or 0) for row in rows])
+    if len(rows) == 1:
+        return drawn.to(images.dtype)
     values = images.float()
     spread, mean = torch.std_mean(values, 0, correction=0)
     return (mean + spread * drawn).to(images.dtype)

@@ -6,7 +6,8 @@ from pathlib import Path
 from fused_route.training.experiment.build import Built
 from fused_route.training.projector import fit_projector
 
-VECTORS = 2**16  # features that it is fitted to, at most: 335 MB of 1,280 numbers each
+VECTORS = 2**16  # features that it is fitted to, at most
+PART = 2**12  # of them at a time: 21 MB of 1,280 numbers each
 
 
 def start_projector(built: Built, images: Sequence[Path]) -> None:
@@ -22,9 +23,14 @@ def start_projector(built: Built, images: Sequence[Path]) -> None:
     if projector is None or built.recipe.projector_init == "random":
         return
     assert built.cache is not None
-    tokens, _ = built.cache[images[0]].shape
+    cache = built.cache
+    tokens, _ = cache[images[0]].shape
     step = -(-len(images) // max(1, VECTORS // tokens))
+    taken, together = images[::step], max(1, PART // tokens)
+    places = range(0, len(taken), together)
     try:
-        fit_projector(projector, built.cache.batch(images[::step]).flatten(0, 1))
+        fit_projector(
+            projector, (cache.batch(taken[i : i + together]).flatten(0, 1) for i in places)
+        )
     except ValueError as error:
         raise ValueError(f"projector_init={built.recipe.projector_init!r}: {error}") from None

@@ -6,7 +6,7 @@ tasks:    {vqa: {layout: vqav2, root: data/vqav2, …}}
 training: {learning_rate: 3e-4, …}           # names of transformers.TrainingArguments
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +156,9 @@ class Recipe:
             "tower": encoded in every step, which augmentation needs.
         augmentation: of training images: "none"; "crop", a random part of 80 % or more.
         control: what a text gets in place of its own image, in training and in evaluation, to see
-            what is known without it: "shuffled", that of another text of its split; "constant",
-            ones; "noise", normal draws with the batch's mean and deviation of each feature. With
-            "none" it gets its own.
+            what is known without it: "shuffled", that of a text of its split drawn at random;
+            "constant", ones; "noise", normal draws with the batch's mean and deviation of each
+            feature. With "none" it gets its own.
         projector_init: how a projector of features to the layers' width starts, where there is
             one: "random"; "pca", centred, rotated and scaled by the training images' features. It
             trains, or not, as adapter.projector says.
@@ -222,6 +222,20 @@ class Recipe:
         """The recipe with all its values, as a file that `read` takes."""
         listed = {name: _plain(value) for name, value in asdict(self).items()}
         return str(yaml.safe_dump(listed, sort_keys=False, allow_unicode=True))
+
+
+def default(name: str) -> Any:
+    """What a setting is where a file does not say, by its whole name; None where there is none.
+
+    Files of runs that are older than a setting lack it.
+    """
+    section, _, rest = name.partition(".")
+    if section == "training":
+        return None
+    of = {"model": ModelRecipe, "adapter": RoutedConfig, "tasks": TaskRecipe}.get(section, Recipe)
+    last = rest.rpartition(".")[2] if rest else section
+    found = next((f.default for f in fields(of) if f.name == last), MISSING)
+    return None if found is MISSING else _plain(found)
 
 
 def _plain(value: Any) -> Any:

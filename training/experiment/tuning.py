@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fused_route import Attached, RoutedConfig, VisualProjector, attach, checkpoint
 from fused_route.training.baselines import CrossAttached, attach_cross_attention
@@ -62,26 +61,25 @@ class Shared:
 class Full(Shared):
     """Routed layers and, beside them, every parameter of the language model."""
 
-    def __init__(self, attached: Attached, language: PreTrainedModel) -> None:
+    def __init__(self, attached: Attached, model: VisionLanguageModel) -> None:
         super().__init__(attached)
-        self.language = language.requires_grad_(True)
+        model.language.requires_grad_(True)
+        self.own = {n: p for n, p in model.named_parameters() if not n.startswith("vision.")}
 
     def save(self, folder: Path) -> None:
-        """The adapter's files, and the language model's parameters in one more."""
-        super().save(folder)
-        state = {n: p.detach().contiguous() for n, p in self.language.named_parameters()}
+        """Everything but the tower in one file: no adapter, which alone would be half of it."""
+        state = {name: p.detach().contiguous() for name, p in self.own.items()}
         with atomic_file(folder / LANGUAGE) as file:
             file.write(safetensors.torch.save(state))
 
     def load(self, folder: Path) -> None:
-        """Takes both over, all or none of the language model's."""
-        tensors, own = _tensors(folder / LANGUAGE), dict(self.language.named_parameters())
+        """Takes it over, all or none."""
+        tensors = _tensors(folder / LANGUAGE)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if shapes != {name: tuple(parameter.shape) for name, parameter in own.items()}:
+        if shapes != {name: tuple(parameter.shape) for name, parameter in self.own.items()}:
             raise ValueError(f"{folder / LANGUAGE} is of another language model")
-        super().load(folder)
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in self.own.items():
                 parameter.copy_(tensors[name])
 
 
@@ -201,6 +199,5 @@ def tune(
         )
     attached = attach(model, config, impl=impl, plan=plan)
     if method == "full":
-        assert isinstance(model.language, PreTrainedModel)
-        return Full(attached, model.language)
+        return Full(attached, model)
     return Shared(attached)
