@@ -1,14 +1,16 @@
 """What a text gets in place of its image, how a projector starts, and full fine-tuning."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from experiments import recipe, run, save_all
+from experiments import recipe, run, save_all, written
 
 from fused_route import VisualProjector
+from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.build import Built, build, parameters
 from fused_route.training.experiment.evaluation import evaluate
 from fused_route.training.experiment.folder import open_run, save
@@ -16,6 +18,8 @@ from fused_route.training.experiment.images import in_place_of
 from fused_route.training.experiment.projecting import start_projector
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.run import encode, open_data
+from fused_route.training.experiment.tasks import open_rows
+from fused_route.training.experiment.trainer import ExperimentTrainer
 from fused_route.training.experiment.tuning import LANGUAGE
 from fused_route.training.projector import fit_projector
 
@@ -110,6 +114,23 @@ class TestProjector:
             rotated = float(off / covariance.diag().max()) < 1e-3
             assert centred is scaled is rotated is (init == "pca")
 
+    def test_a_run_keeps_it_and_can_be_asked(
+        self, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = folder / "runs" / "fitted"
+        tower = ("--model.vision", "packaged/efficientnet-lite0", "--model.visual_tokens", "none")
+        start = ("--projector_init", "pca", "--projector", "frozen", "--tasks.vqa.limit", "20")
+        file = written(folder, "roberta", "lora", "fitted")
+        assert run("train", file, *tower, *start, "--out", out) == 0
+        built = open_run(out)
+        projector, cache = built.tuned.projector, built.cache
+        assert projector is not None and cache is not None
+        images = open_rows(built.recipe, "train", "train").images()
+        (x_r,) = (x for d, x in projector(cache.batch(images)).items() if d != 1280)
+        assert float(x_r.detach().square().mean()) == pytest.approx(1.0, rel=1e-3)
+        asked = run("predict", "--adapter", out, "--image", images[0], "--question", "what is it?")
+        assert asked == 0 and "%" in capsys.readouterr().out
+
     def test_without_a_projector_nothing_is_done(self, folder: Path) -> None:
         built, data = opened(recipe(folder, "roberta", "lora", "--projector_init", "pca"))
         assert built.tuned.projector is None
@@ -175,6 +196,23 @@ class TestFull:
         before = dict(built.model.named_parameters())
         for name, parameter in again.model.named_parameters():
             assert torch.equal(parameter, before[name]), name
+
+    def test_it_trains_and_the_best_comes_back(self, language: str, folder: Path) -> None:
+        out = folder / "runs" / f"full-{language}"
+        file = written(folder, language, "lora", "full")
+        often = ("--eval_strategy", "steps", "--eval_steps", "1", "--max_steps", "3")
+        given = ("--method", "full", "--select", "loss", "--lr", "1e-2", *often)
+        assert run("train", file, *given, "--out", out) == 0
+        assert not list(out.rglob("adapter_model.safetensors"))  # alone it would be half of it
+        losses = json.loads((out / "scores.json").read_text())["validation"]
+        built = open_run(out)
+        rows = open_rows(built.recipe, "validation", "train")
+        told = arguments_of(built.recipe, validated=True)
+        trainer = ExperimentTrainer(built, told, validation=rows)
+        assert trainer.loss_on(rows) == pytest.approx(losses["loss"], rel=1e-4)
+        before = dict(build(recipe(folder, language), built.answers).model.named_parameters())
+        name = next(n for n in before if n.endswith(("word_embeddings.weight", "wte.weight")))
+        assert not torch.equal(dict(built.model.named_parameters())[name], before[name])
 
     def test_a_file_of_another_model_is_refused(
         self, language: str, folder: Path, tmp_path: Path

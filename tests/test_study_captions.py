@@ -109,7 +109,9 @@ class TestWriting:
         of = ["val" if number >= captions.HELD_OUT else "train" for number in numbers]
         assert [entry["split"] for entry in entries] == of + ["test"] * IMAGES["test"]
 
-    def test_half_way_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_half_way_leaves_nothing_under_its_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         copy = shutil.copyfile
         copied: list[Path] = []
 
@@ -118,10 +120,12 @@ class TestWriting:
                 raise KeyboardInterrupt
             copied.append(copy(source, target))
 
-        monkeypatch.setattr(shutil, "copyfile", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            write_captions(tmp_path / "captions")
-        assert len(copied) == 3 and not list(tmp_path.iterdir())
+        folder = tmp_path / "captions"
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(shutil, "copyfile", stopped)
+            write_captions(folder)
+        assert len(copied) == 3 and not folder.exists()
+        assert len(list(write_captions(folder).glob("*/*.png"))) == sum(IMAGES.values())
 
     def test_finished_one_is_left_as_it_is(
         self, written: Path, monkeypatch: pytest.MonkeyPatch
