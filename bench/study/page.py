@@ -19,6 +19,7 @@ TITLES = {
     "controls": "Controls: no image of the question's own",
     "rank-4": "Rank 4",
     "rank-64": "Rank 64",
+    "ceiling": "Full fine-tuning, with lower learning rates",
     "synthetic-captions": "Synthetic captions: a decoder of ours, captions made from answers",
 }
 KINDS = {

@@ -20,7 +20,9 @@ from fused_route.training.comparison.plan import Comparison, read_comparison
 from fused_route.training.comparison.work import TRAINED, end_with_parent
 
 STUDY = Path("docs", "study")
-COMPARISONS = ("centre", "prefix", "adapter", "controls", "rank-4", "rank-64", "synthetic-captions")
+COMPARISONS = (
+    "centre", "prefix", "adapter", "controls", "rank-4", "rank-64", "ceiling", "synthetic-captions",
+)  # fmt: skip
 CACHE, RUNS = Path(".cache", "study"), Path("runs", "study")
 EVERY = 2.0  # seconds between two looks at what is done
 
