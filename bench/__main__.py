@@ -111,6 +111,10 @@ COMMANDS = {
         "kernels that a model compiles, and how long it takes (1 minute)",
         _nothing, _prints("first_call"),
     ),
+    "memory": Command(
+        "memory of a training step, counted (2 minutes); on a GPU measured beside that",
+        _arguments_of("memory"), _module("memory", lambda module, a: module.main(a)),
+    ),
     "scale": Command(
         "scale of the bottleneck by route (20 minutes, CPU)", _scale_arguments, _scale
     ),

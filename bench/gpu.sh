@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Everything that is measured on one GPU, in parts that each end within eight minutes:
 #
-#     bench/gpu.sh [tests|ops|models|profile|sanitize|all]
+#     bench/gpu.sh [tests|ops|models|memory|profile|sanitize|all]
 #
 # tests    the gpu-marked smoke tests
 # ops      the headline operations: every provider, three processes
 # models   layers and training steps
+# memory   the allocator's peak of training steps of large models, beside what is counted
 # profile  bytes by Nsight Compute, where it is installed
 # sanitize every kernel under compute-sanitizer, where it is installed
 # all      tests, ceilings, 16 operations and one step, in nine minutes
@@ -17,8 +18,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 part=${1:-all}
-case $part in tests|ops|models|profile|sanitize|all) ;; *)
-    echo "bench/gpu.sh: part must be tests, ops, models, profile, sanitize or all, got '$part'" >&2; exit 2;;
+case $part in tests|ops|models|memory|profile|sanitize|all) ;; *)
+    echo "bench/gpu.sh: part must be tests, ops, models, memory, profile, sanitize or all, got '$part'" >&2; exit 2;;
 esac
 
 WORK=${WORK:-runs/gpu}
@@ -45,6 +46,7 @@ child=
 # leaves no time for it.
 publish() {
     [ -f "$RESULT" ] && cp "$RESULT" "$OUT/summary.json"
+    [ -f "$WORK/memory.json" ] && cp "$WORK/memory.json" "$OUT/memory.json"
     tar -czf "$OUT/logs.tar.gz.new" -C "$WORK" . 2>/dev/null
     mv -f "$OUT/logs.tar.gz.new" "$OUT/logs.tar.gz"
 }
@@ -79,6 +81,7 @@ tests() {
 }
 ops() { limited "$1" ops $(bench) --grid "$HEADLINE" --case 'op/*' --warm 8 --budget "$(($1 - 40))" "${@:2}"; }
 models() { limited "$1" models $(bench) --grid "$MODELS" --budget "$(($1 - 60))" $MODEL_WAYS "${@:2}"; }
+memory() { limited "$1" memory "$PYTHON" -m bench memory --device "$DEVICE" --out "$WORK/memory.json" "${@:2}"; }
 profile() { limited "$1" profile "$PYTHON" -m bench profile "$RESULT" --budget "$(($1 - 30))"; }
 
 # Its tools at once, each with a log of its records (.txt) beside what the program prints (.log).
@@ -125,6 +128,7 @@ case $part in
     tests) tests 440;;
     ops) ops 440 --processes 3 $EVERY;;
     models) models 440 --processes 2;;
+    memory) memory 440;;
     profile) profile 440;;
     sanitize) sanitize 120;;
     all)

@@ -11,13 +11,13 @@ of Triton's kernels the library's own are seen.
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # Operations that launch nothing although their schema does not say so. Views do say so.
@@ -135,8 +135,22 @@ def count(call: Callable[[], object]) -> Launches:
     return Launches(tuple(aten.names), tuple(kernels))
 
 
+class Saved(NamedTuple):
+    """Bytes saved for the backward pass: by the given layers alone, and by anything else too."""
+
+    layers: int
+    rest: int
+
+
 def saved_bytes(call: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes of memory that the forward in `call` keeps alive for its backward.
+    """Bytes of memory that the forward in `call` keeps alive for its backward: `saved` in all."""
+    return sum(saved(call, exclude))
+
+
+def saved(
+    call: Callable[[], object], exclude: Iterable[Tensor] = (), layers: Iterable[nn.Module] = ()
+) -> Saved:
+    """Bytes of memory that the forward in `call` keeps alive for its backward, by whom.
 
     A storage counts once and whole, also where only a view of it is saved; those of `exclude`,
     which live anyway, do not count. Sees what autograd saves (`ctx.save_for_backward` included)
@@ -144,15 +158,26 @@ def saved_bytes(call: Callable[[], object], exclude: Iterable[Tensor] = ()) -> i
     """
     others = [tensor.untyped_storage() for tensor in exclude]
     known = {storage._cdata for storage in others}
-    saved: dict[int, torch.UntypedStorage] = {}  # holding them keeps their identities from reuse
+    found: dict[int, torch.UntypedStorage] = {}  # holding them keeps their identities from reuse
+    by_rest: set[int] = set()
+    inside: list[object] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
-            saved[storage._cdata] = storage
+            found[storage._cdata] = storage
+            if not inside:
+                by_rest.add(storage._cdata)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()
+    with ExitStack() as watched:
+        for layer in layers:
+            enter = layer.register_forward_pre_hook(lambda *_: inside.append(None))
+            leave = layer.register_forward_hook(lambda *_: inside.pop())
+            watched.callback(enter.remove)
+            watched.callback(leave.remove)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = call()
     del result
-    return sum(storage.nbytes() for storage in saved.values())
+    rest = sum(found[key].nbytes() for key in by_rest)
+    return Saved(sum(storage.nbytes() for storage in found.values()) - rest, rest)
