@@ -42,6 +42,6 @@ def _write_items(comparison: Path, path: Path) -> None:
         arm, seed = file.parts[-3:-1]
         for task, scores in json.loads(file.read_text(encoding="utf-8")).items():
             order = ids.setdefault(task, list(scores))
-            arrays[f"{arm}/{seed}/{task}"] = np.array([scores[key] for key in order], np.float32)
+            arrays[f"{arm}/{seed}/{task}"] = np.array([scores[key] for key in order])
     arrays |= {f"ids/{task}": np.array(order) for task, order in ids.items()}
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
