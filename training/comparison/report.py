@@ -15,6 +15,7 @@ from fused_route.training.plots import learning_curves
 from fused_route.training.tables import markdown_table, without_nan
 
 REPORT, RESULTS = "report.md", "results.json"
+BANDED = 9  # arms, whose standard deviations can be told apart in a figure
 CURVES, DIFFERENCES = "learning_curves.png", "differences.png"
 
 
@@ -34,12 +35,13 @@ def _figures(runs: Runs, arms: Sequence[Arm]) -> dict[str, str]:
     drawn: dict[str, str] = {}
     curves = {arm.name: arm.curve for arm in arms if arm.curve}
     by = _selected_by(runs)
+    few = len(curves) <= BANDED
     if curves and by == "score":
         learning_curves(
             curves,
             runs.out / CURVES,
             baselines={},
-            bands={arm.name: arm.band for arm in arms if arm.band is not None},
+            bands={arm.name: arm.band for arm in arms if arm.band is not None and few},
             value="validation score",
             unit="",
             title="Validation score, times 100, during training",
