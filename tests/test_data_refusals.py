@@ -170,8 +170,11 @@ EASY = "easy_vqa"
 # (arguments of open_samples, message)
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"source": Source("vqa", Path("."))}, "layout must be one of easy_vqa, .*, nlvr2; got 'vqa'"),
-    ({"split": "dev"}, r"split of easy_vqa .* must be one of train, test; got 'dev'"),
-    ({"split": "train+"}, "must be one of train, test; got ''"),
+    (
+        {"split": "dev"},
+        r"split of easy_vqa .* must be one of train, test, fit, validation; got 'dev'",
+    ),
+    ({"split": "train+"}, "must be one of train, test, fit, validation; got ''"),
     ({"split": "train+train"}, "split='train.train' has a split twice"),
     ({"role": "test"}, "role must be one of train, evaluate; got 'test'"),
     ({"broken": "repair"}, "broken must be one of refuse, skip; got 'repair'"),
