@@ -10,7 +10,7 @@ SPHINX := $(BIN)/sphinx-build -q -W --keep-going -d .cache/docs/doctrees
 LINT_BUDGET := 60
 TYPES_BUDGET := 240
 DOCS_BUDGET := 60
-TEST_BUDGET := 600
+TEST_BUDGET := 900
 INTERPRET_BUDGET := 720
 COMPILE_BUDGET := 720
 SLOW_BUDGET := 7200
@@ -47,7 +47,7 @@ demo: $(READY)
 demo-full: $(READY)
 	$(BIN)/fused-route demo --steps 1200 --seeds 3 --out runs/demo-full
 
-# Does routing help? 236 trainings, some 90 minutes on two cores; goes on where it stopped.
+# Does routing help? 236 trainings, some 100 minutes on two cores; goes on where it stopped.
 study: $(READY)
 	$(BIN)/python -m bench.study all
 
