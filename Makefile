@@ -47,7 +47,7 @@ demo: $(READY)
 demo-full: $(READY)
 	$(BIN)/fused-route demo --steps 1200 --seeds 3 --out runs/demo-full
 
-# Does routing help? 236 trainings, some 100 minutes on two cores; goes on where it stopped.
+# Does routing help? 236 trainings, two hours on two cores; goes on where it stopped.
 study: $(READY)
 	$(BIN)/python -m bench.study all
 
