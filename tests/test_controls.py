@@ -93,6 +93,10 @@ class TestControls:
         assert built.recipe.control == "shuffled"
         scores, _ = evaluate(made, out=folder / "shuffled", overrides=["--control=shuffled"])
         assert 0.0 <= scores["score"] <= 1.0
+        for overrides in ([], ["--control=shuffled"]):  # neither takes the other's place
+            evaluate(made, overrides=overrides)
+        found = {path.name for path in (made / "best").glob("scores-*.json")}
+        assert {"scores-test.json", "scores-test-shuffled.json"} <= found
 
 
 class TestProjector:

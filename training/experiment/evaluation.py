@@ -80,7 +80,8 @@ def _label(recipe: Recipe, split: str, tasks: Sequence[str] | None) -> str:
     """What the names of the files say."""
     limits = {task.limit for task in recipe.tasks.values() if task.limit is not None}
     parts = [split.replace("+", "-"), *(tasks or []), *(f"first{n}" for n in sorted(limits))]
-    return "-".join(parts)
+    control = [] if recipe.control == "none" else [recipe.control]
+    return "-".join([*parts, *control])
 
 
 def tasks_with(recipe: Recipe, split: str, tasks: Sequence[str] | None = None) -> list[str]:
