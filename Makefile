@@ -25,7 +25,7 @@ HUGGING_FACE_TESTS := $(addprefix tests/test_,peft.py peft_configs.py vlm.py vlm
 	test-plain lint types clean
 
 help:
-	@echo "make demo       compare routes on real images, questions and weights (about 9 minutes)"
+	@echo "make demo       compare routes on real images, questions and weights (about 6 minutes)"
 	@echo "make demo-full  the same, longer and with 3 seeds"
 	@echo "make demo-bundle  data and weights of the demo in one file, for a machine without a network"
 	@echo "make study      the study of docs/study: does routing help?"
