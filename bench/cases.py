@@ -10,11 +10,14 @@ from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any
 
+from fused_route.checks import one_of
+
 KINDS = ("op", "layer", "step")
 HOSTS = ("adapter", "linear", "qkv")
 ROUTES = (
     "none", "add", "mul", "gram", "expand", "gram_relu", "ones", "ones_relu",
 )  # fmt: skip
+FEATURES = ("computed", "cached")
 
 # Rows M = S samples × T tokens: of captions (40 × 50) and questions (512 × 20), as published; and
 # of batches that fill a GPU.
@@ -35,6 +38,11 @@ class Case:
         dtype: of parameters and activations.
         model: of a layer or step, a key of `bench.models.MODELS`.
         layers: of the model; 0: as many as its size has.
+        features: of `FEATURES`: a step's image features are "computed" by its vision model in every
+            step, or given to it as from a cache ("cached"), without a vision model.
+
+    Raises:
+        ValueError: features that do not exist, or cached ones of what is no step.
     """
 
     kind: str
@@ -49,6 +57,15 @@ class Case:
     dtype: str = "bf16"
     model: str = ""
     layers: int = 0
+    features: str = "computed"
+
+    def __post_init__(self) -> None:
+        one_of("features", self.features, FEATURES)
+        if self.features != "computed" and self.kind != "step":
+            raise ValueError(
+                f"features must be computed unless kind is step; got {self.features!r} of kind "
+                f"{self.kind!r}"
+            )
 
     @property
     def M(self) -> int:
@@ -61,7 +78,9 @@ class Case:
         parts = [self.kind, *([self.model] if self.model else []), self.host, self.route]
         parts += [f"d{self.d}", f"r{self.r}", f"M{self.M}", f"T{self.T}", f"Nv{self.Nv}"]
         parts += [f"L{self.layers}"] if self.layers else []
-        return "/".join([*parts, f"p{self.dropout:g}", self.dtype])
+        parts += [f"p{self.dropout:g}", self.dtype]
+        # Only where cached: results from before there was a choice keep their names.
+        return "/".join([*parts, *([self.features] if self.features != "computed" else [])])
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,6 +118,7 @@ def full() -> Iterator[Case]:
         for M in (2_000, 10_240):
             yield replace(step(model, host, "mul", 64, M), kind="layer", layers=1)
         yield step(model, host, "mul", 64, 2_000)
+        yield step(model, host, "mul", 64, 2_000, features="cached")
 
 
 MODEL_HOSTS = (
@@ -126,6 +146,16 @@ def models() -> Iterator[Case]:
     for model, host in MODEL_HOSTS:
         yield replace(step(model, host, "mul", 64, 2_000), kind="layer", layers=1)
         yield step(model, host, "mul", 64, 2_000)
+
+
+def steps() -> Iterator[Case]:
+    """A step of each family, with cached features and with computed ones.
+
+    Cached ones come first, since most of a step with computed ones is the vision model's.
+    """
+    hosts = (("gpt2", "qkv"), ("roberta-base", "linear"), ("bart-base", "linear"))
+    for features, (model, host) in product(("cached", "computed"), hosts):
+        yield step(model, host, "mul", 64, 2_000, features=features)
 
 
 def cpu() -> Iterator[Case]:
@@ -179,7 +209,7 @@ def cpu_scaling() -> Iterator[Case]:
 
 
 GRIDS = {
-    "headline": headline, "full": full, "models": models, "scaling": scaling,
+    "headline": headline, "full": full, "models": models, "steps": steps, "scaling": scaling,
     "cpu": cpu, "cpu-scaling": cpu_scaling, "smoke": smoke,
 }  # fmt: skip
 

@@ -95,6 +95,7 @@ def _parts(case: Case) -> dict[str, str]:
     parts = {"kind": case.kind, "model": case.model, "host": case.host, "route": case.route}
     parts |= {key: f"{key}{getattr(case, key)}" for key in ("d", "r", "M", "T", "Nv")}
     parts["layers"] = f"L{case.layers}" if case.layers else ""
+    parts["features"] = f"{case.features} features" if case.features != "computed" else ""
     return {**parts, "dropout": f"p{case.dropout:g}", "dtype": case.dtype}
 
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Everything that is measured on one GPU, in parts that each end within eight minutes:
 #
-#     bench/gpu.sh [tests|ops|models|memory|profile|sanitize|all]
+#     bench/gpu.sh [tests|ops|models|steps|memory|profile|sanitize|all]
 #
 # tests    the gpu-marked smoke tests
 # ops      the headline operations: every provider, three processes
 # models   layers and training steps
+# steps    a training step of each model family, image features cached and computed, in 150 s:
+#          torch.compile comes last, and what it had no time for is listed; a second call measures it
 # memory   the allocator's peak of training steps of large models, beside what is counted
 # profile  bytes by Nsight Compute, where it is installed
 # sanitize every kernel under compute-sanitizer, where it is installed
@@ -18,8 +20,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 part=${1:-all}
-case $part in tests|ops|models|memory|profile|sanitize|all) ;; *)
-    echo "bench/gpu.sh: part must be tests, ops, models, memory, profile, sanitize or all, got '$part'" >&2; exit 2;;
+case $part in tests|ops|models|steps|memory|profile|sanitize|all) ;; *)
+    echo "bench/gpu.sh: part must be tests, ops, models, steps, memory, profile, sanitize or all, got '$part'" >&2; exit 2;;
 esac
 
 WORK=${WORK:-runs/gpu}
@@ -28,6 +30,7 @@ PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 HEADLINE=${HEADLINE:-headline}  # another grid for a rehearsal
 MODELS=${MODELS:-models}
+STEPS=${STEPS:-steps}
 mkdir -p "$WORK" "$OUT"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # A checkout that was copied without links has files in their place.
@@ -39,6 +42,7 @@ RESULT=$WORK/results.json
 FEW="--provider reference --provider compile-folded --provider matmul-order --provider fused"
 EVERY="$FEW --provider published --provider peft --provider frozen --provider full"
 MODEL_WAYS="--provider reference --provider fused --provider peft --provider frozen"
+STEP_WAYS="--provider reference --provider fused --provider frozen --provider compile --last compile"
 failed=()
 child=
 
@@ -81,6 +85,8 @@ tests() {
 }
 ops() { limited "$1" ops $(bench) --grid "$HEADLINE" --case 'op/*' --warm 8 --budget "$(($1 - 40))" "${@:2}"; }
 models() { limited "$1" models $(bench) --grid "$MODELS" --budget "$(($1 - 60))" $MODEL_WAYS "${@:2}"; }
+# To compile a whole model takes up to a minute: all at once, and none begun in the last 35 s.
+steps() { limited "$1" steps $(bench) --grid "$STEPS" --warm 6 --budget "$(($1 - 35))" $STEP_WAYS "${@:2}"; }
 memory() { limited "$1" memory "$PYTHON" -m bench memory --device "$DEVICE" --out "$WORK/memory.json" "${@:2}"; }
 profile() { limited "$1" profile "$PYTHON" -m bench profile "$RESULT" --budget "$(($1 - 30))"; }
 
@@ -128,6 +134,7 @@ case $part in
     tests) tests 440;;
     ops) ops 440 --processes 3 $EVERY;;
     models) models 440 --processes 2;;
+    steps) steps 150 --processes 1 --seconds 0.3;;
     memory) memory 440;;
     profile) profile 440;;
     sanitize) sanitize 120;;

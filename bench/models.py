@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench import vision
 from bench.cases import Case
 from bench.operands import DTYPES
 from bench.subject import Subject
@@ -24,7 +25,6 @@ from fused_route.testing import roundoff
 
 SEED = 0
 ANSWERS = 3129  # that VQA v2 is classified into, as published
-VISION = "vit_base_patch16_224"
 WAYS = ("reference", "fused", "compile", "peft", "frozen")
 KINDS = ("layer", "step")
 
@@ -101,7 +101,7 @@ class Model:
     Args:
         d, layers, heads: of its text; an encoder-decoder has as many layers in each of the two.
         vocabulary, positions: of its tables; of positions those that tokens can have.
-        vision: what its vision model has otherwise than `VISION`: arguments of timm's.
+        vision: what its vision model has otherwise than `bench.vision.VISION`: arguments of timm's.
     """
 
     family: Family
@@ -275,16 +275,15 @@ def _layer(case: Case, way: str, dtype: torch.dtype) -> Subject:
 
 
 def _step(case: Case, way: str, dtype: torch.dtype) -> Subject:
-    """Frozen vision model, language model, loss; AdamW finishes a step."""
-    model, stored = MODELS[case.model], DTYPES[case.dtype]
-    vision = _vision(model, case.Nv).to(stored).to(dtype)
-    step = Step(model, case.layers, vision.num_features).to(stored)
-    side = vision.patch_embed.img_size[0]
-    pixels = torch.randn(case.S, 3, side, side).to(stored).to(dtype)
+    """Frozen vision model or cached features, language model, loss; AdamW finishes a step."""
+    model = MODELS[case.model]
+    visual_width = vision.width(model.vision)
+    step = Step(model, case.layers, visual_width).to(DTYPES[case.dtype])
     ids, tokens = (torch.randint(model.vocabulary, (case.S, case.T)) for _ in range(2))
     answers = torch.randint(ANSWERS, (case.S,))
     labels = {"token": ids, "answer": answers, "caption": tokens}[model.family.task]
-    trained, using = adapt(step.body, case, way, vision.num_features)
+    images = vision.images(case, model.vision, dtype)  # after what is drawn with any of them
+    trained, using = adapt(step.body, case, way, visual_width)
     if way == "frozen":
         for name in model.family.first_norms:
             norm = step.body.get_submodule(name).requires_grad_()
@@ -293,28 +292,15 @@ def _step(case: Case, way: str, dtype: torch.dtype) -> Subject:
     leaves: dict[str, Tensor] = {**trained, **own}
     step.to(dtype)
     run = _runner(step, way)
-    optimiser = torch.optim.AdamW(leaves.values(), lr=1e-3, fused=pixels.is_cuda)
+    optimiser = torch.optim.AdamW(leaves.values(), lr=1e-3, fused=ids.is_cuda)
 
     def forward() -> Tensor:
-        with torch.no_grad():
-            features = vision.forward_features(pixels)[:, : case.Nv]  # pooled, it is the first
+        features = images.features()
         with using(features):
             return run(ids, labels, features)
 
-    live = [pixels, ids, labels]
-    live += [t for part in (step, vision) for t in (*part.parameters(), *part.buffers())]
+    live = [*images.live, ids, labels, *step.parameters(), *step.buffers()]
     return Subject(forward, leaves, finish=lambda: optimiser.step(), live=live)
-
-
-def _vision(model: Model, Nv: int) -> Any:
-    """The frozen vision model: of an image, a class token and one for each patch."""
-    import timm
-
-    vision = timm.create_model(VISION, pretrained=False, num_classes=0, **model.vision)
-    tokens = 1 + vision.patch_embed.num_patches
-    if Nv > tokens:
-        raise ValueError(f"Nv must be at most {tokens}, the tokens of an image; got {Nv}")
-    return vision.eval().requires_grad_(False)
 
 
 def _runner(run: Callable[..., Tensor], way: str) -> Callable[..., Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bench import formulations
 from bench.cases import Case
 from bench.matmul_order import MIXED, matmul_order
+from bench.models import WAYS
 from bench.operands import S_SCALE, Operands
 from bench.published import published
 from bench.subject import Subject
@@ -161,6 +162,15 @@ def obstacle(name: str, case: Case, device: torch.device) -> str | None:
     if name.startswith("fused"):
         return coverage.device_obstacle(device)
     return None
+
+
+def offered(case: Case, names: list[str], device: torch.device) -> list[str]:
+    """The providers that have a case, as far as is known before it is made."""
+    if case.kind == "op":
+        return [name for name in names if obstacle(name, case, device) is None]
+    lacking = {"fused"} if obstacle("fused", case, device) is not None else set()
+    lacking |= {"peft"} if case.host == "adapter" else set()
+    return [name for name in names if name in WAYS and name not in lacking]
 
 
 def check_names(names: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from bench import figures, formula
 from bench.cases import HOSTS, Case
 from bench.figures import labels
-from bench.results import TIMINGS
+from bench.results import TIMINGS, without_time
 from bench.runs import FROZEN, FUSED, REFERENCE, YARDSTICKS, Measured, Run, Time, load
 from bench.tables import Table, markdown, number, show
 
@@ -24,6 +24,7 @@ come from formulas (`bench/formula.py`) and the run's ceilings; all others are m
 is the least time that those allow for reading inputs, writing outputs and the products; "of floor"
 is floor / time, so 100% is the most there is. Speed-up is the reference's time / the provider's;
 of the providers, peft, frozen and full compute something else than the operation: yardsticks.
+*Cached features*: a step without its vision model, whose features of the images are given.
 "error" is explained under Errors; – was not measured. MB = 10⁶ bytes, GB = 10⁹."""
 
 
@@ -72,7 +73,7 @@ def section(run: Run) -> list[str]:
     parts += ["### Cost of a route over `none`", *_routes(run)]
     parts += ["### Correctness gate", "Worst ratio to eager torch's own error; at most 2 passes."]
     parts += [markdown(gate_table(run)), "### Errors"]
-    for table in (error_table(run), absence_table(run)):
+    for table in (error_table(run), absence_table(run), missing_table(run)):
         parts += [markdown(table, text=4)] if len(table) > 1 else []
     return [*parts, "No process ended with an error."] if len(error_table(run)) == 1 else parts
 
@@ -342,6 +343,12 @@ def absence_table(run: Run) -> Table:
     return table
 
 
+def missing_table(run: Run) -> Table:
+    """What was asked for and not begun, because the time was up."""
+    rows = [[name, ", ".join(who)] for name, who in run.missing.items()]
+    return [["no time was left for", "providers"], *rows]
+
+
 def _cut(error: str) -> str:
     return error if len(error) <= LONGEST else f"{error[:LONGEST]}…"
 
@@ -367,6 +374,7 @@ def print_short(run: Run) -> None:
         print(f"also in the report: {', '.join(more)}")
     if said := unmeasured(run):
         print(said)
+    print(*without_time(run.missing), sep="\n", end="\n" if run.missing else "")
     errors = Counter((provider, error) for _, provider, _, error in error_table(run)[1:])
     for (provider, error), count in errors.items():
         print(f"error: {provider}, {count} cases: {' '.join(error.split())}")

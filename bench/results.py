@@ -66,11 +66,14 @@ class Results:
         environment: device, driver, versions, commit, date: `environment()`.
         ceilings: "copy" bytes/s, "matmul" FLOP/s of the dtype in "dtype": measured in the run.
         records: in the order measured.
+        missing: providers that were asked for and have no record, by the case's name: the time was
+            up before them.
     """
 
     environment: dict[str, Any]
     ceilings: dict[str, Any]
     records: list[Record]
+    missing: dict[str, list[str]] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Whole or not at all."""
@@ -89,9 +92,23 @@ def read(path: Path) -> Results:
     try:
         found = json.loads(path.read_text())
         records = [Record(**record) for record in found["records"]]
-        return Results(found["environment"], found["ceilings"], records)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        missing = {name: list(who) for name, who in found.get("missing", {}).items()}
+        return Results(found["environment"], found["ceilings"], records, missing)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no result file of python -m bench: {error}") from None
+
+
+def without_time(missing: dict[str, list[str]]) -> list[str]:
+    """A line for each provider of `Results.missing`, with the first of its cases."""
+    cases: dict[str, list[str]] = {}
+    for name, who in missing.items():
+        for provider in who:
+            cases.setdefault(provider, []).append(name)
+    return [
+        f"no time was left for {provider} in {len(names)} cases: {', '.join(names[:6])}"
+        + (", …" if len(names) > 6 else "")
+        for provider, names in cases.items()
+    ]
 
 
 def environment(device: torch.device) -> dict[str, Any]:

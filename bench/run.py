@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from bench import protocol, results
 from bench.cases import GRIDS, Case, grid
-from bench.models import WAYS
 from bench.operands import DTYPES
-from bench.providers import PROVIDERS, check_names, obstacle
+from bench.providers import PROVIDERS, check_names, obstacle, offered
 from bench.results import Record, Results
+from fused_route.checks import one_of
 
 # What is measured where nothing is said: a grid, and the providers that need no compiler's minutes.
 DEFAULT_GRID = {"cuda": "headline", "cpu": "cpu"}
@@ -45,6 +45,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--provider", action="append", help=f"repeatable, of {', '.join(PROVIDERS)}"
     )
+    parser.add_argument(
+        "--last", action="append", default=[], metavar="PROVIDER",
+        help="repeatable: one that is measured when all cases have the others, for a short budget",
+    )  # fmt: skip
     parser.add_argument("--device", default=device, help="cuda or cpu")
     parser.add_argument("--processes", type=int, default=3, help="how often all of it is repeated")
     parser.add_argument("--seconds", type=float, default=0.5, help="of samples for each timing")
@@ -125,20 +129,14 @@ def chosen(arguments: Namespace) -> tuple[list[Case], list[str]]:
         if not 0 < getattr(arguments, name) < float("inf"):
             raise ValueError(f"{name} must be positive, got {getattr(arguments, name)}")
     names = check_names(arguments.provider or DEFAULT_PROVIDERS[arguments.device])
+    for name in arguments.last:
+        one_of("last", name, names)
     cases = grid(arguments.grid or DEFAULT_GRID[arguments.device], arguments.case)
     device = torch.device(arguments.device)
     if not any(offered(case, names, device) for case in cases):
         why = obstacle(names[0], cases[0], device)
         raise ValueError(f"provider: none of {', '.join(names)} has any of these cases: {why}")
     return cases, names
-
-
-def offered(case: Case, names: list[str], device: torch.device) -> list[str]:
-    """The providers that have a case, as far as is known before it is made."""
-    if case.kind == "op":
-        return [name for name in names if obstacle(name, case, device) is None]
-    blocked = obstacle("fused", case, device) is not None
-    return [name for name in names if name in WAYS and not (blocked and name == "fused")]
 
 
 def listing(cases: list[Case], names: list[str], device: torch.device) -> str:
@@ -167,18 +165,15 @@ def measure_all(cases: list[Case], names: list[str], arguments: Namespace, out: 
     about = {"environment": results.environment(device), "ceilings": {}}
     where = results.place(about["environment"])
     done = {(record.name, record.provider) for record in records_in(lines, where)}
-    todo = {
-        case: [name for name in offered(case, names, device) if (case.name, name) not in done]
-        for case in cases
-    }
-    if any(todo.values()):
+    asked = {case.name: offered(case, names, device) for case in cases}
+    todo = in_turns(cases, asked, arguments.last, done)
+    if todo:
         about["ceilings"] = protocol.ceilings(device, DTYPES[cases[0].dtype])
-    merge(out, about)  # with what a killed run wrote last
-    bar = tqdm(cases, desc=f"process {arguments.process}", unit="case", smoothing=0)
-    for case in bar:
+    merge(out, about, asked)  # with what a killed run wrote last
+    bar = tqdm(todo, desc=f"process {arguments.process}", unit="case", smoothing=0)
+    for case, left in bar:
         bar.set_postfix_str(case.name)
-        left = todo[case]
-        if not left or (arguments.until is not None and time.time() > arguments.until):
+        if arguments.until is not None and time.time() > arguments.until:
             continue
         try:
             for record in measure(case, left, settings):
@@ -190,8 +185,24 @@ def measure_all(cases: list[Case], names: list[str], arguments: Namespace, out: 
             for name in left:
                 failed = Record(case.name, case.to_json(), name, arguments.process)
                 append(lines, replace(failed, error=one_line(error)), where)
-        merge(out, about)
+        merge(out, about, asked)
     return 0
+
+
+def in_turns(
+    cases: list[Case], asked: dict[str, list[str]], last: list[str], done: set[tuple[str, str]]
+) -> list[tuple[Case, list[str]]]:
+    """Each case with those of its providers that are not done; those in `last` after all cases.
+
+    Args:
+        asked: providers by the case's name; done: names of cases and their providers.
+    """
+    found = []
+    for is_last in (False, True):
+        for case in cases:
+            left = [p for p in asked[case.name] if (case.name, p) not in done]
+            found.append((case, [p for p in left if (p in last) == is_last]))
+    return [(case, providers) for case, providers in found if providers]
 
 
 def append(lines: Path, record: Record, where: str) -> None:
@@ -230,16 +241,29 @@ def records_in(lines: Path, where: str) -> list[Record]:
     return found
 
 
-def merge(out: Path, about: dict[str, Any]) -> None:
-    """Writes the result file from what all processes wrote on this device and commit."""
+def merge(out: Path, about: dict[str, Any], asked: dict[str, list[str]]) -> None:
+    """Writes the result file from what all processes wrote on this device and commit.
+
+    Args:
+        about: "environment" and "ceilings"; without the latter, those of the file stay.
+        asked: providers by the case's name: those that have no record yet are written as missing,
+            beside what was missing before.
+    """
     where = results.place(about["environment"])
     parts = sorted(out.parent.glob(f"{out.stem}.process*.jsonl"))
     records = [record for lines in parts for record in records_in(lines, where)]
     add_moved(out, records)
-    ceilings = about["ceilings"]
-    if not ceilings and out.exists():
-        ceilings = results.read(out).ceilings
-    Results(about["environment"], ceilings, records).write(out)
+    before = results.read(out) if out.exists() else Results(about["environment"], {}, [])
+    if results.place(before.environment) == where:
+        asked = {
+            name: list(dict.fromkeys([*before.missing.get(name, ()), *asked.get(name, ())]))
+            for name in {**before.missing, **asked}
+        }
+    done = {(record.name, record.provider) for record in records}
+    left = {name: [p for p in who if (name, p) not in done] for name, who in asked.items()}
+    missing = {name: who for name, who in left.items() if who}
+    ceilings = about["ceilings"] or before.ceilings
+    Results(about["environment"], ceilings, records, missing).write(out)
 
 
 def moved_file(out: Path) -> Path:
@@ -263,6 +287,8 @@ def conclude(out: Path) -> int:
     failed = [record for record in found.records if record.error is not None]
     for record in failed:
         print(f"{record.name} {record.provider}: {record.error}")
+    for line in results.without_time(found.missing):
+        print(line)
     processes = {record.process for record in found.records}
     print(f"{len(found.records)} records of {len(processes)} processes in {out}, "
           f"{len(failed)} failed")  # fmt: skip

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Run:
-    """A result file; `measured` is by (name of a case, provider), in the order measured."""
+    """A result file.
+
+    Args:
+        measured: by (name of a case, provider), in the order measured.
+        missing: as in `Results`.
+    """
 
     path: Path
     environment: dict[str, Any]
     ceilings: dict[str, Any]
     measured: dict[tuple[str, str], Measured]
+    missing: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
@@ -116,8 +122,10 @@ class Run:
         return [m for case in cases for m in self._by_case.get(case.name, ())]
 
     def providers(self, cases: Iterable[Case]) -> list[str]:
-        """Who has records of these cases: the reference, fused, then the others as measured."""
+        """Who was to measure these cases: the reference, fused, then the others as measured."""
+        cases = list(cases)
         found = dict.fromkeys(m.provider for m in self.of(cases))
+        found |= dict.fromkeys(p for case in cases for p in self.missing.get(case.name, ()))
         return sorted(found, key=lambda p: (p != REFERENCE, p != FUSED))
 
     def timings(self, cases: Iterable[Case], which: str) -> list[str]:
@@ -157,7 +165,7 @@ def load(path: Path) -> Run:
         str(environment["device"])
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no result file of python -m bench: {error!r}") from None
-    return Run(path, environment, ceilings, measured)
+    return Run(path, environment, ceilings, measured, results.missing)
 
 
 def _together(records: list[Record]) -> Measured:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import models
+from bench import models, vision
 from bench.cases import MODEL_HOSTS, WIDTHS, Case, grid
 from bench.models import MODELS, WAYS, Step, disagreement, subject, truth
 from bench.operands import DTYPES
@@ -89,15 +89,15 @@ def test_compile_agrees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_image_is_the_class_token_or_the_first(
     model: str, Nv: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vision, using = models._vision(TINY, Nv), Mock(return_value=nullcontext())
-    monkeypatch.setattr(models, "_vision", lambda *_: vision)
+    tower, using = vision.tower(TINY.vision), Mock(return_value=nullcontext())
+    monkeypatch.setattr(vision, "tower", lambda *_: tower)
     monkeypatch.setattr(RoutingContext, "using", using)
     made = subject(replace(UNROUTED, kind="step", model=model, Nv=Nv), "reference", CPU)
     made.forward()
     (features,) = using.call_args.args
-    tokens = vision.forward_features(made.live[0])
+    tokens = tower.forward_features(made.live[0])
     assert not features.requires_grad and torch.equal(features, tokens[:, :Nv])
-    assert torch.equal(features[:, 0], vision(made.live[0]))  # as pooled
+    assert torch.equal(features[:, 0], tower(made.live[0]))  # as pooled
 
 
 @pytest.mark.interpret
@@ -313,7 +313,7 @@ def test_targets_exist_in_models_of_full_width(model: str, host: str) -> None:
 
 
 def test_every_case_of_the_grids_fits_its_model() -> None:
-    for name in ("full", "models", "headline", "cpu", "scaling", "cpu-scaling", "smoke"):
+    for name in ("full", "models", "steps", "headline", "cpu", "scaling", "cpu-scaling", "smoke"):
         for case in grid(name):
             if case.kind != "op":
                 models.check(case, "fused")
