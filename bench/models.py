@@ -92,6 +92,17 @@ BART = Family(
         "encoder_ffn_dim": "inner", "decoder_ffn_dim": "inner",
     },
 )  # fmt: skip
+LLAMA = Family(
+    "llama",
+    hosts={
+        "linear": {"target_modules": ("q_proj", "v_proj")},
+        "adapter": {"host": "adapter", "target_modules": ("o_proj", "down_proj")},
+    },
+    first_norms=("layers.0.input_layernorm",),
+    task="token",
+    spelling={"intermediate_size": "inner"},
+    fixed={"bos_token_id": None, "eos_token_id": None},
+)
 
 
 @dataclass(frozen=True)
@@ -154,6 +165,7 @@ MODELS = {
     "roberta-base": Model(ROBERTA, 768, 12, 12, 50265, 512),
     "roberta-large": Model(ROBERTA, 1024, 24, 16, 50265, 512),
     "bart-base": Model(BART, 768, 6, 12, 50265, 1024),
+    "llama-small": Model(LLAMA, 768, 12, 12, 32000, 2048),
     "tiny": Model(GPT2, 32, 2, 2, 64, 64, _TINY_VISION),
 }
 

@@ -30,6 +30,7 @@ TINIES = {
     "tiny": TINY,
     "tiny-roberta": replace(MODELS["roberta-base"], **SMALL),
     "tiny-bart": replace(MODELS["bart-base"], **SMALL),
+    "tiny-llama": replace(MODELS["llama-small"], **SMALL),
     "tiny-projected": replace(TINY, d=24, layers=1),
 }
 CASES = {
