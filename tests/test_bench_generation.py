@@ -19,6 +19,7 @@ from bench import __main__ as bench
 from bench import generation, protocol
 from bench.generation import Row, measure
 from bench.models import MODELS
+from bench.results import FOLDER
 from bench.runners import Runner, Start, Task
 from fused_route import fold
 
@@ -280,6 +281,12 @@ def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("there is one")
     assert bench.main(["generate", "--device", "cuda"]) == 2
     assert "torch sees no GPU; use --device cpu" in capsys.readouterr().err
+
+
+def test_the_published_table_is_what_was_measured() -> None:
+    rows = generation.read(FOLDER / "generation-amd-epyc-bb751387.json")
+    page = (FOLDER.parent.parent / "docs" / "benchmarks.md").read_text()
+    assert generation.document([row for row in rows if row.task["B"] == 1]) in page
 
 
 @pytest.mark.interpret
