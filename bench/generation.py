@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from bench import protocol
+from bench.families import MODELS
 from bench.measure import MOST_OF_A_MODEL, one_line
 from bench.memory import size
-from bench.models import MODELS, disagreement
+from bench.models import disagreement
 from bench.operands import DTYPES
 from bench.providers import obstacle
 from bench.results import FOLDER, environment, path_for, write_whole

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import Case, step
+from bench.families import MODELS
 from bench.measure import one_line
-from bench.models import ANSWERS, MODELS, Step
+from bench.models import ANSWERS, Step
 from bench.offline.count_launches import saved
 from bench.offline.live_bytes import LiveBytes, without_values
 from bench.operands import DTYPES

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import Case
+from bench.families import MODELS
 from bench.memory import VISUAL_WIDTH
-from bench.models import MODELS, SEED, adapt
+from bench.models import SEED, adapt
 from bench.operands import DTYPES
 from bench.providers import obstacle
 from fused_route import RoutingInput, fold

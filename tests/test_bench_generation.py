@@ -17,8 +17,8 @@ pytest.importorskip("transformers")
 
 from bench import __main__ as bench
 from bench import generation, protocol
+from bench.families import MODELS
 from bench.generation import Row, measure
-from bench.models import MODELS
 from bench.results import FOLDER
 from bench.runners import Runner, Start, Task
 from fused_route import fold
