@@ -115,6 +115,10 @@ COMMANDS = {
         "memory of a training step, counted (2 minutes); on a GPU measured beside that",
         _arguments_of("memory"), _module("memory", lambda module, a: module.main(a)),
     ),
+    "generate": Command(
+        "tokens a second with an image: routed, folded in, beside the base (4 minutes on a CPU)",
+        _arguments_of("generation"), _module("generation", lambda module, a: module.main(a)),
+    ),
     "scale": Command(
         "scale of the bottleneck by route (20 minutes, CPU)", _scale_arguments, _scale
     ),

@@ -36,7 +36,7 @@ class Case:
         d: width; of a layer or step, the language model's own.
         S, T, Nv: samples, text tokens and visual tokens a sample.
         dtype: of parameters and activations.
-        model: of a layer or step, a key of `bench.models.MODELS`.
+        model: of a layer or step, a key of `bench.families.MODELS`.
         layers: of the model; 0: as many as its size has.
         features: of `FEATURES`: a step's image features are "computed" by its vision model in every
             step, or given to it as from a cache ("cached"), without a vision model.
@@ -92,7 +92,7 @@ def op(host: str, route: str, d: int, r: int, M: int, **more: Any) -> Case:
     return Case("op", host, route, d, r, S, T, **more)
 
 
-# (width, heads, layers) of the language models, and what is adapted in each: bench/models.py.
+# (width, heads, layers) of the language models, and what is adapted in each: bench/families.py.
 WIDTHS = {
     "gpt2": 768, "gpt2-medium": 1024, "roberta-base": 768, "roberta-large": 1024, "bart-base": 768,
 }  # fmt: skip

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that is measured on one GPU, in parts that each end within eight minutes:
 #
-#     bench/gpu.sh [tests|ops|models|steps|memory|profile|sanitize|all]
+#     bench/gpu.sh [tests|ops|models|steps|memory|generate|profile|sanitize|all]
 #
 # tests    the gpu-marked smoke tests
 # ops      the headline operations: every provider, three processes
@@ -9,6 +9,7 @@
 # steps    a training step of each model family, image features cached and computed, in 150 s:
 #          torch.compile comes last, and what it had no time for is listed; a second call measures it
 # memory   the allocator's peak of training steps of large models, beside what is counted
+# generate tokens a second with an image, routed and folded in, in at most 100 seconds
 # profile  bytes by Nsight Compute, where it is installed
 # sanitize every kernel under compute-sanitizer, where it is installed
 # all      tests, ceilings, 16 operations and one step, in nine minutes
@@ -20,8 +21,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 part=${1:-all}
-case $part in tests|ops|models|steps|memory|profile|sanitize|all) ;; *)
-    echo "bench/gpu.sh: part must be tests, ops, models, steps, memory, profile, sanitize or all, got '$part'" >&2; exit 2;;
+case $part in tests|ops|models|steps|memory|generate|profile|sanitize|all) ;; *)
+    echo "bench/gpu.sh: part must be tests, ops, models, steps, memory, generate, profile, sanitize or all, got '$part'" >&2; exit 2;;
 esac
 
 WORK=${WORK:-runs/gpu}
@@ -31,6 +32,7 @@ DEVICE=${DEVICE:-cuda}
 HEADLINE=${HEADLINE:-headline}  # another grid for a rehearsal
 MODELS=${MODELS:-models}
 STEPS=${STEPS:-steps}
+GENERATE=${GENERATE:-}  # more options of python -m bench generate
 mkdir -p "$WORK" "$OUT"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # A checkout that was copied without links has files in their place.
@@ -50,7 +52,9 @@ child=
 # leaves no time for it.
 publish() {
     [ -f "$RESULT" ] && cp "$RESULT" "$OUT/summary.json"
-    [ -f "$WORK/memory.json" ] && cp "$WORK/memory.json" "$OUT/memory.json"
+    for part_of in memory generation; do
+        [ -f "$WORK/$part_of.json" ] && cp "$WORK/$part_of.json" "$OUT/$part_of.json"
+    done
     tar -czf "$OUT/logs.tar.gz.new" -C "$WORK" . 2>/dev/null
     mv -f "$OUT/logs.tar.gz.new" "$OUT/logs.tar.gz"
 }
@@ -88,6 +92,10 @@ models() { limited "$1" models $(bench) --grid "$MODELS" --budget "$(($1 - 60))"
 # To compile a whole model takes up to a minute: all at once, and none begun in the last 35 s.
 steps() { limited "$1" steps $(bench) --grid "$STEPS" --warm 6 --budget "$(($1 - 35))" $STEP_WAYS "${@:2}"; }
 memory() { limited "$1" memory "$PYTHON" -m bench memory --device "$DEVICE" --out "$WORK/memory.json" "${@:2}"; }
+generate() {
+    limited "$1" generate "$PYTHON" -m bench generate --device "$DEVICE" --budget "$(($1 - 40))" \
+        --out "$WORK/generation.json" $GENERATE
+}
 profile() { limited "$1" profile "$PYTHON" -m bench profile "$RESULT" --budget "$(($1 - 30))"; }
 
 # Its tools at once, each with a log of its records (.txt) beside what the program prints (.log).
@@ -136,6 +144,7 @@ case $part in
     models) models 440 --processes 2;;
     steps) steps 150 --processes 1 --seconds 0.3;;
     memory) memory 440;;
+    generate) generate 100;;
     profile) profile 440;;
     sanitize) sanitize 120;;
     all)

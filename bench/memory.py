@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import Case, step
+from bench.families import MODELS
 from bench.measure import one_line
-from bench.models import ANSWERS, MODELS, Step
+from bench.models import ANSWERS, Step
 from bench.offline.count_launches import saved
 from bench.offline.live_bytes import LiveBytes, without_values
 from bench.operands import DTYPES
 from bench.protocol import clock_of, one_call
-from bench.results import FOLDER, environment
+from bench.results import FOLDER, environment, write_whole
 from bench.subject import Subject
 from bench.tables import Table, markdown, number
 from fused_route import attach
@@ -264,10 +265,7 @@ def write(rows: list[Row], device: torch.device, path: Path) -> None:
     keys = ("versions", "commit", "date", *(("device", "driver") if device.type == "cuda" else ()))
     what = "counted" if device.type == "cuda" else "counted, not measured"
     found = {"what": what, **{key: where[key] for key in keys}, "rows": [asdict(r) for r in rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(json.dumps(found, indent=1) + "\n")
-    beside.replace(path)
+    write_whole(found, path)
 
 
 def read(path: Path) -> list[Row]:

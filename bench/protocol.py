@@ -251,7 +251,7 @@ def graph(make: Callable[[int], Subject], sets: int, seconds: float) -> Passes:
     subjects = [make(i) for i in range(sets)]
     for which, is_both in (("forward", False), ("both", True)):
         replayed = captured(subjects, is_both)
-        found[which] = [time / sets for time in _replays(replayed, clock, seconds)]
+        found[which] = [time / sets for time in replays(replayed, clock, seconds)]
         del replayed
         for subject in subjects:
             subject.forget()
@@ -259,7 +259,7 @@ def graph(make: Callable[[int], Subject], sets: int, seconds: float) -> Passes:
     return found
 
 
-def _replays(replayed: torch.cuda.CUDAGraph, clock: Clock, seconds: float) -> list[float]:
+def replays(replayed: torch.cuda.CUDAGraph, clock: Clock, seconds: float) -> list[float]:
     """Seconds of a replay, on average over each of some groups, which take about this long."""
     for _ in range(2):
         replayed.replay()

@@ -77,10 +77,15 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        beside.replace(path)
+        write_whole(asdict(self), path)
+
+
+def write_whole(found: dict[str, Any], path: Path) -> None:
+    """A JSON file, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(found, indent=1) + "\n")
+    beside.replace(path)
 
 
 def read(path: Path) -> Results:

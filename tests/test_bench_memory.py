@@ -18,8 +18,8 @@ pytest.importorskip("peft")
 from bench import __main__ as bench
 from bench import memory, models
 from bench.cases import Case
+from bench.families import MODELS
 from bench.memory import VARIANTS, Row, counted, made
-from bench.models import MODELS
 from bench.offline.count_launches import Saved, saved
 from bench.offline.live_bytes import LiveBytes, no_launches, without_values
 from bench.protocol import clock_of

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bench import models, vision
 from bench.cases import MODEL_HOSTS, WIDTHS, Case, grid
-from bench.models import MODELS, WAYS, Step, disagreement, subject, truth
+from bench.families import MODELS
+from bench.models import WAYS, Step, disagreement, subject, truth
 from bench.operands import DTYPES
 from fused_route import RoutingContext
 from fused_route.targets import find_targets
@@ -30,6 +31,7 @@ TINIES = {
     "tiny": TINY,
     "tiny-roberta": replace(MODELS["roberta-base"], **SMALL),
     "tiny-bart": replace(MODELS["bart-base"], **SMALL),
+    "tiny-llama": replace(MODELS["llama-small"], **SMALL),
     "tiny-projected": replace(TINY, d=24, layers=1),
 }
 CASES = {

@@ -209,6 +209,6 @@ def test_input_sets_live_until_the_last_replay(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(protocol, "GpuClock", protocol.HostClock)
     monkeypatch.setattr(protocol, "captured", lambda subjects, is_both: None)
-    monkeypatch.setattr(protocol, "_replays", replays)
+    monkeypatch.setattr(protocol, "replays", replays)
     protocol.graph(make, 4, 0.1)
     assert alive == [4, 4] and len(made) == 4
