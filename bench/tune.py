@@ -294,7 +294,10 @@ def confirmed(
 
 def written(tile: Tile) -> str:
     """A tile as config.py has it."""
-    return f"Tile({', '.join(str(value) for value in astuple(tile) if value is not None)})"
+    values, unsaid = list(astuple(tile)), list(astuple(Tile(0, 0, 0, 0)))
+    while values[-1] == unsaid[len(values) - 1]:
+        values.pop()
+    return f"Tile({', '.join(map(repr, values))})"
 
 
 def table(chosen: Chosen) -> str:

@@ -113,11 +113,11 @@ def forward(
     if extends(plan, t.weight):
         return _extended_forward(plan, t, sizes, s, u, w, x_t), x_t, x_v
     y, base = _output(plan, t)
-    plan.forward(
+    plan.routed_forward(
+        sizes,
         want_x_t,
-        sizes.forward_grid,
         (t.x, t.A, t.b_A, u, w, t.B, t.b_B, base, y, x_t, t.seed, t.row_sample, t.offsets),
-        (*sizes.rows, s),
+        s,
     )
     return y, x_t, x_v
 
@@ -141,7 +141,7 @@ def _extended_forward(
     z = t.A.new_empty(sizes.M, plan.R)
     plan.bottleneck(
         x_t is None,
-        sizes.forward_grid,
+        sizes.bottleneck_grid,
         (t.x, t.A, t.b_A, u, w, x_t, z, t.seed, t.row_sample, t.offsets),
         sizes.rows,
     )

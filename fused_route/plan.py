@@ -105,7 +105,8 @@ class Sizes(NamedTuple):
     """What follows from M rows of S samples: T each, or packed and `longest` at most.
 
     `pairs` counts the rows of the partial sums that K2 writes for one vector operand; `rows` are
-    the numbers that kernels over rows take, but for s.
+    the numbers that kernels over rows take, but for s. The grid of K1 has parts of columns on its
+    third axis, that of K1 up to the bottleneck has not.
     """
 
     M: int
@@ -113,6 +114,7 @@ class Sizes(NamedTuple):
     T: int
     pairs: int
     forward_grid: Grid
+    bottleneck_grid: Grid
     backward_grid: Grid
     rows: Numbers
 
@@ -173,11 +175,19 @@ class Plan:
         mix = {"MIX": f.mix, "U": f.u, "W": f.w, "FIRST": f.first, "G": f.groups}
         mix |= {"ACTIVATION": f.activation}
         routed = {**self.to_segments, "SEGMENTS": f.segments, **mix}
+        is_16_bit = x_dtype == dtype and dtype.itemsize == 2
+        bases = {
+            name: self.tiles[name].residual if f.base == "residual" and is_16_bit else "added"
+            for name in ("forward", "backward")
+        }
         self.project_x_h = self._launch("project", {**bottleneck, "STREAM": 0})
         self.project_x_r = self._launch("project", {**bottleneck, "STREAM": 1})
-        self.forward = self._launch("forward", routed)
+        self.forward, self.forward_in_parts = (
+            self._launch("forward", {**routed, "BASE": bases["forward"], "COLUMNS": columns})
+            for columns in ("whole", "parts")
+        )
         self.bottleneck = self._launch("bottleneck", {**bottleneck, **mix})
-        self.backward = self._launch("backward", routed)
+        self.backward = self._launch("backward", {**routed, "BASE": bases["backward"]})
         row_block = {"ROW_BLOCK": self.tiles["backward"].BM}
         self.vectors = self._launch("vectors", {**bottleneck, **row_block})
         self.matrices = self._launch("matrices", {"G": f.groups, "R": R, "FIRST": f.first})
@@ -244,9 +254,18 @@ class Plan:
             by_sample = (S, cdiv(longest or T, BM), 1)  # no block holds rows of two samples
             grids.append(by_sample if self.f.mix == "matrix" else (cdiv(M, BM), 1, 1))
         pairs = cdiv(cdiv(M, self.tiles["backward"].BM) + S, 4) * 4  # the second starts aligned
-        made = Sizes(M, S, T, pairs, grids[0], grids[1], (M, T, *self.dropout))
+        blocks, of_sample, _ = grids[0]
+        parts = kernels().config.parts(blocks * of_sample, cdiv(self.N, self.tiles["forward"].BN))
+        forward_grid = (blocks, of_sample, parts)
+        made = Sizes(M, S, T, pairs, forward_grid, *grids, (M, T, *self.dropout))
         self._sizes[M, S, longest] = made
         return made
+
+    def routed_forward(self, sizes: Sizes, has_x_t: bool, tensors: Given, s: float) -> None:
+        """K1, its columns in parts where there are few rows; has_x_t: whether x_t is stored."""
+        grid = sizes.forward_grid
+        launch = self.forward if grid[2] == 1 else self.forward_in_parts
+        launch(has_x_t, grid, tensors, (*sizes.rows, s))
 
     def project(
         self,

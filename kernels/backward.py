@@ -14,6 +14,7 @@ from .parts import (
     kept,
     mix,
     mix_backward,
+    plus_base,
     u_gradient,
     w_gradient,
 )
@@ -98,7 +99,7 @@ def operand_partials(
 def down_backward(
     dx_t, A_ptr, base_ptr, dx_ptr, seed_ptr, row, inside, threshold, keep_scale,
     D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, STREAM: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BASE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Writes dx (·, D) = base + keep ∘ (dx_t A) / (1 − p) for rows of dx_t (BM, R_PAD)."""
     SIZE: tl.constexpr = A_ptr.dtype.element_ty.primitive_bitwidth // 8
@@ -117,7 +118,7 @@ def down_backward(
         if seed_ptr is not None:
             keep = kept(seed_ptr, row, k0, threshold, STREAM, BM, BN)
             dx = tl.where(keep, dx * keep_scale, 0.0)
-        dx += base.to(tl.float32)
+        dx = plus_base(dx, base, BASE, BN)
         place = row[:, None] * D + k[None, :]
         mask = inside[:, None] & (k < D)[None, :]
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -129,8 +130,8 @@ def routed_backward(
     du_ptr, dw_ptr, seed_ptr, row_sample_ptr, offsets_ptr, M, T, threshold, keep_scale, s,
     D: tl.constexpr, N: tl.constexpr, LDY: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
     SEGMENTS: tl.constexpr, MIX: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
-    FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr, BASE: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """K2: dz = s · dy B through activation and mix to dx_t, then dx = base + dx_t A.
 
@@ -169,5 +170,5 @@ def routed_backward(
     if dx_ptr is not None:
         down_backward(
             dx_t, A_ptr, base_ptr, dx_ptr, seed_ptr, row, inside, threshold, keep_scale,
-            D, R, R_PAD, 0, PRECISION, BM, BN,
+            D, R, R_PAD, 0, BASE, PRECISION, BM, BN,
         )  # fmt: skip

@@ -24,7 +24,9 @@ class Tile:
     """BM rows and BN columns a step, warps of a program, stages of its software pipeline.
 
     registers: how many of them a thread may have on NVIDIA, where the compiler's own choice is so
-    few, for the sake of one more program, that it spills.
+    few, for the sake of one more program, that it spills. residual: how the 16-bit residual of an
+    adapter comes to the sum, "added" or "multiplied" with the unit matrix (`parts.plus_base`).
+    spills: how many the gates let pass, of a tile that was measured to be faster in spite of them.
     """
 
     BM: int
@@ -32,6 +34,8 @@ class Tile:
     warps: int
     stages: int
     registers: int | None = None
+    residual: str = "added"
+    spills: int = 0
 
 
 # (few rows, many rows) for each kernel, by R_PAD and bytes of an element. "forward" and "backward"
@@ -142,13 +146,13 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
 TUNED: dict[int, dict[str, dict[tuple[int, int], tuple[Tile, Tile]]]] = {
     9: {
         "forward": {
-            (64, 2): (Tile(16, 256, 4, 3), Tile(64, 128, 8, 3)),
-            (128, 2): (Tile(16, 128, 4, 4, 128), Tile(64, 64, 8, 4)),
+            (64, 2): (Tile(16, 256, 4, 4), Tile(64, 128, 8, 3)),
+            (128, 2): (Tile(16, 256, 4, 3), Tile(64, 64, 4, 4, None, "multiplied")),
             (256, 2): (Tile(16, 128, 8, 2), Tile(32, 64, 8, 3)),
         },
         "backward": {
-            (64, 2): (Tile(16, 128, 4, 4), Tile(64, 128, 8, 3)),
-            (128, 2): (Tile(16, 128, 8, 3), Tile(64, 128, 8, 3)),
+            (64, 2): (Tile(16, 256, 4, 4, 200), Tile(64, 128, 4, 3)),
+            (128, 2): (Tile(16, 128, 4, 4), Tile(64, 64, 4, 4, None, "multiplied", spills=450)),
             (256, 2): (Tile(16, 128, 8, 2), Tile(32, 64, 8, 3)),
         },
         "weights": {
@@ -171,12 +175,12 @@ class ProductTile(Tile):
 # through the inner width, so that its registers and shared memory do not grow with R. These fit
 # every GPU, the smallest with 99 KB of shared memory a program, and AMD's with 64 KB.
 PRODUCTS: dict[int, tuple[ProductTile, ProductTile]] = {
-    2: (ProductTile(64, 64, 4, 4, None, 64), ProductTile(128, 128, 8, 3, None, 64)),
-    4: (ProductTile(32, 64, 8, 3, None, 32), ProductTile(64, 64, 4, 3, None, 32)),
+    2: (ProductTile(64, 64, 4, 4, BK=64), ProductTile(128, 128, 8, 3, BK=64)),
+    4: (ProductTile(32, 64, 8, 3, BK=32), ProductTile(64, 64, 4, 3, BK=32)),
 }
 # Instead, by (major compute capability, bytes of an element): 192 KB of shared memory.
 LARGE_PRODUCTS: dict[tuple[int | None, int], tuple[ProductTile, ProductTile]] = {
-    (9, 2): (PRODUCTS[2][0], ProductTile(128, 256, 8, 4, None, 64)),
+    (9, 2): (PRODUCTS[2][0], ProductTile(128, 256, 8, 4, BK=64)),
 }
 
 # Where P3 takes less time than torch's product and K1, forward and backward together: by major
@@ -185,6 +189,10 @@ LARGE_PRODUCTS: dict[tuple[int | None, int], tuple[ProductTile, ProductTile]] = 
 # with a smaller share, where the product decides, torch's is the safe one.
 EXTENDS: dict[int, tuple[int, int]] = {9: (1024, MANY_ROWS)}
 LEAST_SHARE = 2 / 3  # of the segments
+
+# Where rows make fewer blocks, K1's columns are divided for this many programs: an H100 has so many
+# multiprocessors. Each part makes the bottleneck anew, so results do not depend on it.
+FORWARD_PROGRAMS = 132
 
 # K4 has no matrix product, and one row.
 ADD = Tile(1, 1024, 4, 1)
@@ -202,6 +210,11 @@ def tile(kernel: str, R_PAD: int, size: int, many: bool, major: int | None = Non
     """
     tuned = TUNED.get(major or 0, {}).get(kernel, {})
     return (tuned.get((R_PAD, size)) or TILES[kernel][R_PAD, size])[many]
+
+
+def parts(blocks: int, steps: int) -> int:
+    """In how many parts K1 divides the columns, of so many steps, for so many blocks of rows."""
+    return max(1, min(steps, FORWARD_PROGRAMS // max(blocks, 1)))
 
 
 def product_tile(major: int | None, size: int, many: bool, products: str) -> ProductTile:

@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from .parts import LONGEST_ROW, activate, base_tile, block_of_rows, columns, down, mix
+from .parts import (
+    LONGEST_ROW,
+    activate,
+    base_tile,
+    block_of_rows,
+    columns,
+    down,
+    mix,
+    plus_base,
+)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -29,13 +38,15 @@ def project(
 
 @triton.jit
 def bottleneck(
-    x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, seed_ptr, row, inside, sample, routed,
+    x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, seed_ptr, row, inside, stored, sample, routed,
     threshold, keep_scale,
     D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, MIX: tl.constexpr, U: tl.constexpr,
     W: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """z = act(mix(x̂ Aᵀ + b_A)) (BM, R_PAD); stores x_t (·, R), where x_t_ptr is given."""
+    """z = act(mix(x̂ Aᵀ + b_A)) (BM, R_PAD); stores the `stored` rows of x_t (·, R), if it is
+    given.
+    """
     c = tl.arange(0, R_PAD)
     x_t = down(
         x_ptr, A_ptr, b_A_ptr, seed_ptr, row, inside, threshold, keep_scale,
@@ -43,7 +54,7 @@ def bottleneck(
     )  # fmt: skip
     rounded = x_t.to(A_ptr.dtype.element_ty)  # what the backward pass will read
     if x_t_ptr is not None:
-        fits = inside[:, None] & (c < R)[None, :]
+        fits = stored[:, None] & (c < R)[None, :]
         tl.store(x_t_ptr + row[:, None] * R + c[None, :], rounded, mask=fits)
     z = mix(
         rounded.to(tl.float32), u_ptr, w_ptr, sample, routed,
@@ -66,7 +77,7 @@ def routed_bottleneck(
     """
     row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)
     z = bottleneck(
-        x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, seed_ptr, row, inside, sample, routed,
+        x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, seed_ptr, row, inside, inside, sample, routed,
         threshold, keep_scale, D, R, R_PAD, MIX, U, W, FIRST, G, ACTIVATION, PRECISION, BM, BN,
     )  # fmt: skip
     c = tl.arange(0, R_PAD)
@@ -80,8 +91,8 @@ def routed_forward(
     seed_ptr, row_sample_ptr, offsets_ptr, M, T, threshold, keep_scale, s,
     D: tl.constexpr, N: tl.constexpr, LDY: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
     SEGMENTS: tl.constexpr, MIX: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
-    FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr, BASE: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """K1: y = base + b_B + s · act(mix(x̂ Aᵀ + b_A)) Bᵀ, for BM rows of x (M, D) a program.
 
@@ -90,11 +101,19 @@ def routed_forward(
     SEGMENTS[i]·N … of base, and written to the same columns of y (rows of LDY). For an adapter
     base is x itself; for a linear layer it is y, in place.
 
-    Grid: see `block_of_rows`. Bytes: x, base and y once, x_t once; A and B once a program.
+    Grid: see `block_of_rows`; where COLUMNS are in "parts", programs of a third axis share those of
+    each segment, and each makes z anew. Bytes: x, base and y once, x_t once; A and B once a
+    program; in parts x and A once a part.
     """
     row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)
+    start, stop, stored = 0, N, inside
+    if COLUMNS == "parts":
+        part, parts = tl.program_id(2), tl.num_programs(2)
+        STEPS: tl.constexpr = (N + BN - 1) // BN
+        start, stop = part * STEPS // parts * BN, (part + 1) * STEPS // parts * BN
+        stored = inside & (part == 0)
     z = bottleneck(
-        x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, seed_ptr, row, inside, sample, routed,
+        x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, seed_ptr, row, inside, stored, sample, routed,
         threshold, keep_scale, D, R, R_PAD, MIX, U, W, FIRST, G, ACTIVATION, PRECISION, BM, BN,
     ).to(B_ptr.dtype.element_ty)  # fmt: skip
 
@@ -106,9 +125,11 @@ def routed_forward(
         own_z = z
         if len(SEGMENTS) > 1:  # an infinity of another segment times its zero in B_T would be NaN
             own_z = tl.where(((c >= i * RANK) & (c < (i + 1) * RANK))[None, :], z, 0.0).to(z.dtype)
-        for n0 in range(0, N, BN):
+        for n0 in range(start, stop, BN):
             n = n0 + tl.arange(0, BN)
             base = base_tile(base_ptr, row, inside, n0, SEGMENTS[i] * N, N, LDY, BM, BN)
+            if b_B_ptr is not None:
+                b_B = tl.load(b_B_ptr + i * N + n, mask=n < N, other=0.0)
             y = tl.zeros([BM, BN], tl.float32)
             for c0 in range(0, R_PAD, STEP):
                 k = c0 + tl.arange(0, STEP) - i * RANK
@@ -119,8 +140,8 @@ def routed_forward(
                 y = tl.dot(columns(own_z, c0, STEP), B_T, y, input_precision=PRECISION)
             y = y * s
             if b_B_ptr is not None:
-                y += tl.load(b_B_ptr + i * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-            y += base.to(tl.float32)
+                y += b_B.to(tl.float32)[None, :]
+            y = plus_base(y, base, BASE, BN)
             place = row[:, None] * LDY + (SEGMENTS[i] * N + n)[None, :]
             mask = inside[:, None] & (n < N)[None, :]
             tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -43,7 +43,7 @@ def vector_gradient(
     if dx_r_ptr is not None:
         down_backward(
             rounded, A_ptr, None, dx_r_ptr, seed_ptr, row, inside, threshold, keep_scale,
-            D, R, R_PAD, 1, PRECISION, BM, BN,
+            D, R, R_PAD, 1, "added", PRECISION, BM, BN,
         )  # fmt: skip
 
 

@@ -78,6 +78,8 @@ def down(
     again.
     """
     c = tl.arange(0, R_PAD)
+    if b_A_ptr is not None:
+        b_A = tl.load(b_A_ptr + c, mask=c < R, other=0.0)
     acc = tl.zeros([BM, R_PAD], tl.float32)
     for k0 in range(0, D, BK):
         k = k0 + tl.arange(0, BK)
@@ -95,7 +97,7 @@ def down(
     if seed_ptr is not None:
         acc = acc * keep_scale
     if b_A_ptr is not None:
-        acc += tl.load(b_A_ptr + c, mask=c < R, other=0.0).to(tl.float32)[None, :]
+        acc += b_A.to(tl.float32)[None, :]
     return acc
 
 
@@ -134,6 +136,24 @@ def base_tile(
             mask=inside[:, None] & (n < N)[None, :], other=0.0,
         )  # fmt: skip
     return base
+
+
+@triton.jit
+def plus_base(values, base, BASE: tl.constexpr, BN: tl.constexpr):
+    """values + base (BM, BN), in fp32. BASE says how the base is "added", or "multiplied".
+
+    Multiplied with the unit matrix it is an operand of a product, which the compiler copies to
+    shared memory steps ahead, and no layout is converted. In 16 bits that is exact, but an infinity
+    becomes NaN in all of a step's columns: for a residual, whose infinity the bottleneck spreads
+    over the row anyway.
+    """
+    if BASE == "multiplied":
+        n = tl.arange(0, BN)
+        unit = (n[:, None] == n[None, :]).to(base.dtype)
+        total = tl.dot(base, unit, values)
+    else:
+        total = values + base.to(tl.float32)
+    return total
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from bench.operands import DTYPES, S_SCALE, Operands
 from bench.subject import Subject
 from fused_route import Dropout, RoutingInput, routed_adapter, routed_linear
 from fused_route.ops import draw_seed, keep_mask
-from fused_route.testing import assert_as_good_as_eager
+from fused_route.testing import assert_as_good_as_eager, roundoff
 
 pytest.importorskip("triton")
 
@@ -144,7 +144,11 @@ def hold_to_eager(case: Case) -> Subject:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("host", ["linear", "qkv"])
 def test_p3_is_as_good_as_eager(host: str, dtype: str, p: float) -> None:
-    """In uneven sizes, whatever "auto" would choose; with dropout p1 draws the same masks."""
+    """In uneven sizes, whatever "auto" would choose; with dropout p1 draws the same masks.
+
+    Two honest sums differ by the roundoff of both: on an H200 by 5 to 10 eps of fp32 (of 18), for
+    cuBLAS's product and ours, which adds up 720 and 2,160 terms one after the other.
+    """
     operands = Operands.of_case(replace(UNEVEN, host=host, dtype=dtype, dropout=p), DEVICE)
 
     def results(plan: str) -> dict[str, Tensor]:
@@ -155,7 +159,7 @@ def test_p3_is_as_good_as_eager(host: str, dtype: str, p: float) -> None:
         assert Gate(operands).worst("fused", results("p3")) is not None
     for name, tensor in results("p1").items():
         difference = (tensor - results("p3")[name]).double().norm() / tensor.double().norm()
-        assert float(difference) < 4 * torch.finfo(tensor.dtype).eps, name
+        assert float(difference) < 2 * roundoff(tensor.dtype, tensor.numel()), name
 
 
 def linear_by(plan: str, o: Operands) -> Tensor:

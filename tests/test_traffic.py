@@ -69,6 +69,7 @@ DESIGN: dict[str, dict[str, Callable[[int, int, int], int]]] = {
     },
 }
 DESIGN["extended_product, backward"] = DESIGN["extended_product"]
+HOSTS_IN_PARTS = {"adapter": 2, "linear": 1}
 OF_ALL_ROWS = {
     *("wide", "narrow", "out"),
     *("x", "x=base", "base", "y", "y=base", "x_t"),
@@ -77,9 +78,13 @@ OF_ALL_ROWS = {
 
 
 class Seen(NamedTuple):
-    """What one launch moved: bytes by "name:ld" and "name:st", and its blocks of rows."""
+    """What one launch moved: bytes by "name:ld" and "name:st", and its blocks of rows.
+
+    parts: of the columns of K1, each with programs of its own.
+    """
 
     programs: int
+    parts: int
     moved: dict[str, Moved]
     rows: int  # BM
 
@@ -110,8 +115,8 @@ def traffic() -> Iterator[dict[str, Seen]]:
         if kernel == "extended_product" and kernel in seen:
             kernel += ", backward"
         assert kernel not in seen
-        programs = grid[0] * grid[1] * grid[2]
-        seen[kernel] = Seen(programs, counter.table(), self.constants.get("BM", 1))
+        programs, parts = grid[0] * grid[1] * grid[2], grid[2] if kernel == "routed_forward" else 1
+        seen[kernel] = Seen(programs, parts, counter.table(), self.constants.get("BM", 1))
 
     with mock.patch.object(Launch, "__call__", counted):
         yield seen
@@ -319,7 +324,8 @@ CASES += [Case("qkv_p3", mix, R, drops=drops) for mix in ("scale", "matrix")
 def requested(case: Case, kernel: str) -> dict[str, int]:
     """How often tensors are asked for, from the L2 cache if not from memory: A and B by everyone.
 
-    K1 of an adapter comes back to x as its base, K2 to x_t for the operand's gradient. Every column
+    K1 of an adapter comes back to x as its base, K2 to x_t for the operand's gradient. With few
+    rows every part of K1's columns reads x and A, and all of a block's parts B once. Every column
     tile of P3's product comes back to x and, where it is adapted, to z; every row block to W.
     """
     if kernel.startswith("extended_product"):
@@ -331,10 +337,11 @@ def requested(case: Case, kernel: str) -> dict[str, int]:
         return {"wide:ld": tiles, "narrow:ld": of_z, "weight:ld": blocks, "factor:ld": blocks}
     if kernel not in ("routed_forward", "routed_bottleneck", "routed_backward"):
         return {"x:ld": 1, "dy:ld": 1} if kernel == "weight_partials" else {}
-    programs = case.seen[kernel].programs
+    programs, parts = case.seen[kernel].programs, case.seen[kernel].parts
     again = case.mix not in ("identity", "matrix")
-    of_rows = {"x:ld": 1, "x=base:ld": 2, "dy:ld": 1, "dy=base:ld": 2, "x_t:ld": 1 + again}
-    return {**of_rows, "y=base:ld": 1, "dx=base:ld": 1, "A:ld": programs, "B:ld": programs}
+    of_rows = {"x:ld": parts, "x=base:ld": parts + 1, "y=base:ld": 1}
+    of_rows |= {"dy:ld": 1, "dy=base:ld": 2, "dx=base:ld": 1, "x_t:ld": 1 + again}
+    return {**of_rows, "A:ld": programs, "B:ld": programs // parts}
 
 
 def case_id(case: Case) -> str:
@@ -347,7 +354,7 @@ def test_bytes_of_each_tensor(case: Case) -> None:
     expected = image(case) | forward(case) | backward(case)
     expected |= operand_gradients(case) | weight_gradients(case)
     assert case.seen.keys() == expected.keys()
-    for kernel, (_, moved, _) in case.seen.items():
+    for kernel, (_, _, moved, _) in case.seen.items():
         assert {name: size.distinct for name, size in moved.items()} == expected[kernel], kernel
         for name, size in moved.items():
             assert size.lines - size.distinct < LINE, (kernel, name)
@@ -357,3 +364,9 @@ def test_bytes_of_each_tensor(case: Case) -> None:
         if kernel in DESIGN:
             of_rows = sum(size.distinct for name, size in moved.items() if name[:-3] in OF_ALL_ROWS)
             assert of_rows == DESIGN[kernel][case.host](*case.XYH), kernel
+
+
+def test_few_rows_have_columns_in_parts() -> None:
+    """As many as there are steps of columns: two of d, one of a segment."""
+    parts = {host: Case(host, "scale", 16).seen["routed_forward"].parts for host in HOSTS_IN_PARTS}
+    assert parts == HOSTS_IN_PARTS
