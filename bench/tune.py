@@ -297,7 +297,7 @@ def written(tile: Tile) -> str:
     values, unsaid = list(astuple(tile)), list(astuple(Tile(0, 0, 0, 0)))
     while values[-1] == unsaid[len(values) - 1]:
         values.pop()
-    return f"Tile({', '.join(map(repr, values))})"
+    return f"Tile({', '.join(map(repr, values))})".replace("'", '"')
 
 
 def table(chosen: Chosen) -> str:

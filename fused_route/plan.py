@@ -256,8 +256,8 @@ class Plan:
         pairs = cdiv(cdiv(M, self.tiles["backward"].BM) + S, 4) * 4  # the second starts aligned
         blocks, of_sample, _ = grids[0]
         parts = kernels().config.parts(blocks * of_sample, cdiv(self.N, self.tiles["forward"].BN))
-        forward_grid = (blocks, of_sample, parts)
-        made = Sizes(M, S, T, pairs, forward_grid, *grids, (M, T, *self.dropout))
+        forward_grid, rows = (blocks, of_sample, parts), (M, T, *self.dropout)
+        made = Sizes(M, S, T, pairs, forward_grid, grids[0], grids[1], rows)
         self._sizes[M, S, longest] = made
         return made
 

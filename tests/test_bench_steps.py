@@ -16,9 +16,10 @@ from torch import Tensor
 from bench import measure, models, protocol, report, results, run, vision
 from bench.__main__ import main
 from bench.cases import FEATURES, GRIDS, Case, grid
+from bench.families import MODELS
 from bench.figures import labels
 from bench.measure import Settings
-from bench.models import MODELS, disagreement, subject, truth
+from bench.models import disagreement, subject, truth
 from bench.results import Record, Results
 from bench.runs import load
 

@@ -387,3 +387,11 @@ def test_results_and_launches_are_of_the_tile(kernel: str) -> None:
     tile_trials.agree(cell, tile, (2, 9, 32), "cpu")
     launch, (_, grid, tensors, _) = tile_trials.captured(cell, tile, 2, 9, 32, "cpu")
     assert launch.tile == tile and 0 not in grid and tensors[0] is not None
+
+
+@pytest.mark.parametrize(("tile", "text"), [
+    (Tile(1, 2, 3, 4), "Tile(1, 2, 3, 4)"), (Tile(1, 2, 3, 4, 128), "Tile(1, 2, 3, 4, 128)"),
+    (Tile(1, 2, 3, 4, None, "multiplied"), 'Tile(1, 2, 3, 4, None, "multiplied")'),
+])  # fmt: skip
+def test_tiles_are_written_as_the_table_has_them(tile: Tile, text: str) -> None:
+    assert tune.written(tile) == text

@@ -1,5 +1,6 @@
 """Every kernel that the library launches, compiled for GPUs that are not here: `bench/gates.py`."""
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -108,6 +109,13 @@ BAD: dict[str, tuple[str, config.Tile, Layer, str, str]] = {
         Layer("adapter", "scale", "owned", 16, 768, "bf16", "many"), "routed_forward", "x_ptr read",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("allowed", "passes"), [(0, False), (10, False), (2000, True)])
+def test_a_row_says_how_much_it_may_spill(allowed: int, passes: bool) -> None:
+    kernel, tile, layer, name, _ = BAD["spills"]
+    found = faults_with(kernel, replace(tile, spills=allowed), layer, name)
+    assert (not any("spills" in text for text in found)) == passes, found
 
 
 @pytest.mark.parametrize("what", BAD)

@@ -1,51 +1,20 @@
 """The masks that kernels draw: from torch's seed, the same for any tiling and when recomputed."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from kernel_cases import Call, Layer, assert_equal, gradients, run, trained
+from tile_tables import tiles
 from tiny_kernels import store_mask
 from torch import nn
 
 from fused_route import RoutedAdapter, RoutedLinear, Routing, ops
 from fused_route.dropout import threshold
-from fused_route.kernels import config
 
 pytestmark = pytest.mark.interpret
 
 SIZES: dict[str, Any] = {"S": 2, "T": 21, "d": 48, "n": 40, "r": 6}
-
-
-@contextmanager
-def tiles(**changes: int) -> Iterator[None]:
-    """Every row of the tile table with other blocks."""
-    table = {
-        kernel: {
-            key: tuple(config.Tile(**{**vars(tile), **changes}) for tile in pair)
-            for key, pair in rows.items()
-        }
-        for kernel, rows in config.TILES.items()
-    }
-    products = {
-        size: tuple(config.ProductTile(**{**vars(tile), **changes}) for tile in pair)
-        for size, pair in config.PRODUCTS.items()
-    }
-    with mock.patch.multiple(config, TILES=table, PRODUCTS=products), fresh_plans():
-        yield
-
-
-@contextmanager
-def fresh_plans() -> Iterator[None]:
-    from fused_route import known
-
-    with mock.patch.object(known, "_KNOWN", {}):
-        ops._plan.cache_clear()
-        yield
-    ops._plan.cache_clear()
 
 
 @pytest.mark.parametrize("host", ["adapter", "linear_p3"])

@@ -249,7 +249,10 @@ def all_cases() -> list[Case]:
 
 
 def quick_cases() -> list[Case]:
-    """At most 200: every row of the tile tables, at each of its mixes once, its chips in turn."""
+    """At most 200: every row of the tile tables, at each of its mixes once, its chips in turn.
+
+    And K1's columns in parts, at one mix.
+    """
     cases = []
     for numbers in ("bf16", "fp32"):
         rows: dict[tuple[Any, ...], dict[int | str, Case]] = {}
@@ -261,6 +264,8 @@ def quick_cases() -> list[Case]:
         for i, by_chip in enumerate(rows.values()):
             of_turn = list(by_chip.values())
             cases.append(of_turn[i % len(of_turn)])
+    in_parts = unique(layers_of(HEAVIEST[:1], 768, "bf16", rows=("fewest",)), (90,))
+    cases += [case for case in in_parts if name_of(case) == "routed_forward"]
     return cases + quick_p3_cases()
 
 

@@ -1,0 +1,36 @@
+"""The library with other tiles, for tests in Triton's interpreter."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from fused_route import known, ops
+from fused_route.kernels import config
+
+
+@contextmanager
+def tiles(**changes: Any) -> Iterator[None]:
+    """Every row of the tile tables that fit any GPU, changed."""
+    table = {
+        kernel: {
+            key: tuple(config.Tile(**{**vars(tile), **changes}) for tile in pair)
+            for key, pair in rows.items()
+        }
+        for kernel, rows in config.TILES.items()
+    }
+    products = {
+        size: tuple(config.ProductTile(**{**vars(tile), **changes}) for tile in pair)
+        for size, pair in config.PRODUCTS.items()
+    }
+    with mock.patch.multiple(config, TILES=table, PRODUCTS=products), fresh_plans():
+        yield
+
+
+@contextmanager
+def fresh_plans() -> Iterator[None]:
+    """Plans made anew: they hold tiles and grids."""
+    with mock.patch.object(known, "_KNOWN", {}):
+        ops._plan.cache_clear()
+        yield
+    ops._plan.cache_clear()
