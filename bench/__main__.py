@@ -143,7 +143,7 @@ def main(given: list[str]) -> int:
     arguments = parser.parse_args(given[1:])
     try:
         return command.run(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"python -m bench {given[0]}: {error}", file=sys.stderr)
         return 2
 

@@ -28,7 +28,7 @@ from bench.memory import size
 from bench.models import disagreement
 from bench.operands import DTYPES
 from bench.providers import obstacle
-from bench.results import FOLDER, environment, path_for, write_whole
+from bench.results import FOLDER, environment, for_writing, path_for, write_whole
 from bench.runners import Runner, Start, Task, held
 from bench.subject import Subject
 from bench.tables import Table, markdown, number
@@ -268,9 +268,10 @@ def document(rows: list[Row]) -> str:
     """The table of what was measured, and below it what was not, with the reason."""
     why = []
     for row in rows:
+        of = f"{Task(**row.task).name}, {WAYS[row.way]}"
         if row.error:
-            why.append(f"{Task(**row.task).name}, {WAYS[row.way]}: {row.error}.")
-        why += [f"{WAYS[row.way]}, {what}: not measured, {r}." for what, r in row.absent.items()]
+            why.append(f"{of}: {row.error}.")
+        why += [f"{of}, {what}: not measured, {reason}." for what, reason in row.absent.items()]
     shown = [row for row in rows if row.times]
     return "\n\n".join([*([markdown(table(shown))] if shown else []), *dict.fromkeys(why)])
 
@@ -346,7 +347,7 @@ def main(arguments: Namespace) -> int:
     tasks, until = chosen(arguments), time.monotonic() + arguments.budget
     device, rows, left = torch.device(arguments.device), list[Row](), list[str]()
     where = environment(device)
-    out = arguments.out or FOLDER / f"generation-{path_for(where).name}"
+    out = for_writing(arguments.out or FOLDER / f"generation-{path_for(where).name}")
     for i, task in enumerate(tasks, 1):
         try:
             rows += measure(task, device, arguments.seconds, until)

@@ -80,6 +80,21 @@ class Results:
         write_whole(asdict(self), path)
 
 
+def for_writing(path: Path) -> Path:
+    """A file that is to be written later, with its folder, before anything is measured for it.
+
+    Raises:
+        ValueError: a folder has that name, or its own cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={str(path)!r}: its folder cannot be made: {error}") from error
+    if path.is_dir():
+        raise ValueError(f"out={str(path)!r} must be a file, it is a folder")
+    return path
+
+
 def write_whole(found: dict[str, Any], path: Path) -> None:
     """A JSON file, whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """The launches of a layer: kernels with their constants and tiles, grids, and argument order."""
 
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from .fusion import Fusion
 Grid = tuple[int, int, int]
 Numbers = tuple[int | float, ...]
 Given = tuple[Tensor | None, ...]
+
+MOST_REGISTERS = 255  # of a thread on NVIDIA
 
 # Plans keep what follows from the numbers of rows and samples; emptied when full.
 MOST_SIZES = 1024
@@ -154,7 +157,7 @@ class Plan:
         major: int | None,
     ) -> None:
         config = kernels().config
-        self.f, self.D, self.N, self.R, self.x_dtype = f, D, N, R, x_dtype
+        self.f, self.D, self.N, self.R, self.x_dtype, self.major = f, D, N, R, x_dtype, major
         self.g = len(f.segments)
         R_PAD = config.padded(R)
         suffix = "_matrix" if f.mix == "matrix" else ""
@@ -174,20 +177,10 @@ class Plan:
         self.to_segments = {"D": D, "N": N, "LDY": f.of * N, "R": R, "R_PAD": R_PAD}
         mix = {"MIX": f.mix, "U": f.u, "W": f.w, "FIRST": f.first, "G": f.groups}
         mix |= {"ACTIVATION": f.activation}
-        routed = {**self.to_segments, "SEGMENTS": f.segments, **mix}
-        is_16_bit = x_dtype == dtype and dtype.itemsize == 2
-        bases = {
-            name: self.tiles[name].residual if f.base == "residual" and is_16_bit else "added"
-            for name in ("forward", "backward")
-        }
         self.project_x_h = self._launch("project", {**bottleneck, "STREAM": 0})
         self.project_x_r = self._launch("project", {**bottleneck, "STREAM": 1})
-        self.forward, self.forward_in_parts = (
-            self._launch("forward", {**routed, "BASE": bases["forward"], "COLUMNS": columns})
-            for columns in ("whole", "parts")
-        )
+        self._launch_routed({**self.to_segments, "SEGMENTS": f.segments, **mix}, x_dtype == dtype)
         self.bottleneck = self._launch("bottleneck", {**bottleneck, **mix})
-        self.backward = self._launch("backward", {**routed, "BASE": bases["backward"]})
         row_block = {"ROW_BLOCK": self.tiles["backward"].BM}
         self.vectors = self._launch("vectors", {**bottleneck, **row_block})
         self.matrices = self._launch("matrices", {"G": f.groups, "R": R, "FIRST": f.first})
@@ -195,8 +188,27 @@ class Plan:
         self._sizes: dict[tuple[int, int, int], Sizes] = {}
         self._sums: dict[tuple[object, ...], Sums] = {}
 
-    def _launch(self, name: str, constants: dict[str, Any]) -> Any:
-        tile = self.tiles[name]
+    def _launch_routed(self, constants: dict[str, Any], same_dtype: bool) -> None:
+        """K1, whole and with its columns in parts, and K2.
+
+        A residual is multiplied in 16 bits alone, where that is exact, and without dropout: an
+        infinity that is dropped from x must not reach other columns. Parts never share a
+        multiprocessor, so that their threads may have all registers that there are.
+        """
+        exact = same_dtype and self.f.base == "residual" and self.f.p == 0.0
+        exact = exact and self.x_dtype.itemsize == 2
+        base = {
+            name: {"BASE": self.tiles[name].residual if exact else "added"}
+            for name in ("forward", "backward")
+        }
+        forward = {**constants, **base["forward"]}
+        self.forward = self._launch("forward", {**forward, "COLUMNS": "whole"})
+        alone = replace(self.tiles["forward"], registers=MOST_REGISTERS)
+        self.forward_in_parts = self._launch("forward", {**forward, "COLUMNS": "parts"}, alone)
+        self.backward = self._launch("backward", {**constants, **base["backward"]})
+
+    def _launch(self, name: str, constants: dict[str, Any], tile: Any = None) -> Any:
+        tile = tile or self.tiles[name]
         constants = {**constants, "PRECISION": self.f.products, "BM": tile.BM, "BN": tile.BN}
         return kernels().Launch(getattr(kernels(), name), tile, constants)
 
@@ -255,7 +267,8 @@ class Plan:
             grids.append(by_sample if self.f.mix == "matrix" else (cdiv(M, BM), 1, 1))
         pairs = cdiv(cdiv(M, self.tiles["backward"].BM) + S, 4) * 4  # the second starts aligned
         blocks, of_sample, _ = grids[0]
-        parts = kernels().config.parts(blocks * of_sample, cdiv(self.N, self.tiles["forward"].BN))
+        steps = cdiv(self.N, self.tiles["forward"].BN)
+        parts = kernels().config.parts(self.major, blocks * of_sample, steps)
         forward_grid, rows = (blocks, of_sample, parts), (M, T, *self.dropout)
         made = Sizes(M, S, T, pairs, forward_grid, grids[0], grids[1], rows)
         self._sizes[M, S, longest] = made

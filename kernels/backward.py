@@ -32,8 +32,8 @@ def up_backward(
     acc = tl.zeros([BM, R_PAD], tl.float32)
     for i in tl.static_range(len(SEGMENTS)):
         own = (c >= i * RANK) & (c < (i + 1) * RANK)
-        # Grids have no third dimension, but the compiler does not know: ptxas unrolls all 12 steps
-        # of d = 768 where it sees their number, and R = 128 spills.
+        # This grid has no third axis, but the compiler does not know: ptxas unrolls all 12 steps of
+        # d = 768 where it sees their number, and R = 128 spills.
         for n0 in range(0, N * tl.num_programs(2), BN):
             n = n0 + tl.arange(0, BN)
             dy = tl.load(

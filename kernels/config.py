@@ -146,13 +146,13 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
 TUNED: dict[int, dict[str, dict[tuple[int, int], tuple[Tile, Tile]]]] = {
     9: {
         "forward": {
-            (64, 2): (Tile(16, 256, 4, 4), Tile(64, 128, 8, 3)),
-            (128, 2): (Tile(16, 256, 4, 3), Tile(64, 64, 4, 4, None, "multiplied")),
+            (64, 2): (Tile(16, 256, 4, 4, spills=8), Tile(64, 128, 8, 3)),
+            (128, 2): (Tile(16, 256, 4, 3), Tile(64, 64, 4, 4, residual="multiplied")),
             (256, 2): (Tile(16, 128, 8, 2), Tile(32, 64, 8, 3)),
         },
         "backward": {
             (64, 2): (Tile(16, 256, 4, 4, 200), Tile(64, 128, 4, 3)),
-            (128, 2): (Tile(16, 128, 4, 4), Tile(64, 64, 4, 4, None, "multiplied", spills=450)),
+            (128, 2): (Tile(16, 128, 4, 4), Tile(64, 64, 4, 4, residual="multiplied", spills=450)),
             (256, 2): (Tile(16, 128, 8, 2), Tile(32, 64, 8, 3)),
         },
         "weights": {
@@ -190,9 +190,10 @@ LARGE_PRODUCTS: dict[tuple[int | None, int], tuple[ProductTile, ProductTile]] = 
 EXTENDS: dict[int, tuple[int, int]] = {9: (1024, MANY_ROWS)}
 LEAST_SHARE = 2 / 3  # of the segments
 
-# Where rows make fewer blocks, K1's columns are divided for this many programs: an H100 has so many
-# multiprocessors. Each part makes the bottleneck anew, so results do not depend on it.
-FORWARD_PROGRAMS = 132
+# Where rows make fewer blocks, K1's columns are divided for this many programs, by major compute
+# capability: an H100 has so many multiprocessors. Each part makes the bottleneck anew, so results
+# do not depend on it. Measured on an H200; elsewhere columns stay whole.
+FORWARD_PROGRAMS: dict[int, int] = {9: 132}
 
 # K4 has no matrix product, and one row.
 ADD = Tile(1, 1024, 4, 1)
@@ -212,9 +213,12 @@ def tile(kernel: str, R_PAD: int, size: int, many: bool, major: int | None = Non
     return (tuned.get((R_PAD, size)) or TILES[kernel][R_PAD, size])[many]
 
 
-def parts(blocks: int, steps: int) -> int:
-    """In how many parts K1 divides the columns, of so many steps, for so many blocks of rows."""
-    return max(1, min(steps, FORWARD_PROGRAMS // max(blocks, 1)))
+def parts(major: int | None, blocks: int, steps: int) -> int:
+    """In how many parts K1 divides the columns, of so many steps, for so many blocks of rows.
+
+    On a GPU of this major compute capability (None: not NVIDIA's).
+    """
+    return max(1, min(steps, FORWARD_PROGRAMS.get(major or 0, 1) // max(blocks, 1)))
 
 
 def product_tile(major: int | None, size: int, many: bool, products: str) -> ProductTile:

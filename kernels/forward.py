@@ -44,9 +44,7 @@ def bottleneck(
     W: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """z = act(mix(x̂ Aᵀ + b_A)) (BM, R_PAD); stores the `stored` rows of x_t (·, R), if it is
-    given.
-    """
+    """z = act(mix(x̂ Aᵀ + b_A)) (BM, R_PAD); stores the rows `stored` of x_t (·, R), if any."""
     c = tl.arange(0, R_PAD)
     x_t = down(
         x_ptr, A_ptr, b_A_ptr, seed_ptr, row, inside, threshold, keep_scale,

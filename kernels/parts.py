@@ -143,15 +143,16 @@ def plus_base(values, base, BASE: tl.constexpr, BN: tl.constexpr):
     """values + base (BM, BN), in fp32. BASE says how the base is "added", or "multiplied".
 
     Multiplied with the unit matrix it is an operand of a product, which the compiler copies to
-    shared memory steps ahead, and no layout is converted. In 16 bits that is exact, but an infinity
-    becomes NaN in all of a step's columns: for a residual, whose infinity the bottleneck spreads
-    over the row anyway.
+    shared memory steps ahead, and no layout is converted. In 16 bits each product is exact, but an
+    infinity becomes NaN in all of a step's columns: for a residual without dropout, whose infinity
+    the bottleneck spreads over the row anyway.
     """
     if BASE == "multiplied":
         n = tl.arange(0, BN)
         unit = (n[:, None] == n[None, :]).to(base.dtype)
         total = tl.dot(base, unit, values)
     else:
+        tl.static_assert(BASE == "added", "unknown way to the base")
         total = values + base.to(tl.float32)
     return total
 

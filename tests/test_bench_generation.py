@@ -299,3 +299,13 @@ def test_kernels_generate(name: str) -> None:
         row = Row(asdict(task), way)
         generation.checked(start, gate, row)
         assert row.gate is not None and row.same == 1.0
+
+
+@pytest.mark.parametrize(("name", "told"), [("", "it is a folder"), ("file/x.json", "cannot be")])
+def test_a_place_that_takes_no_file_is_refused_before_measuring(
+    name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    given = ["generate", "--device", "cpu", "--model", "tiny", "--out", str(tmp_path / name)]
+    assert bench.main(given) == 2
+    assert told in capsys.readouterr().err

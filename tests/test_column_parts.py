@@ -29,7 +29,7 @@ def results(layer: Layer, call: Call, programs: int) -> tuple[dict[str, Tensor],
 
     t = trained(layer, call)
     with (
-        mock.patch.object(config, "FORWARD_PROGRAMS", programs),
+        mock.patch.dict(config.FORWARD_PROGRAMS, {0: programs}),
         mock.patch.object(Launch, "__call__", noted),
         tiles(**BLOCKS),
     ):
@@ -67,4 +67,5 @@ def test_packed_rows_in_parts() -> None:
 def test_as_many_parts_as_there_are_idle_multiprocessors(
     blocks: int, steps: int, parts: int
 ) -> None:
-    assert config.parts(blocks, steps) == parts
+    assert config.parts(9, blocks, steps) == parts
+    assert config.parts(8, blocks, steps) == config.parts(None, blocks, steps) == 1

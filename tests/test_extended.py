@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 import torch
 from kernel_cases import Call, Layer, assert_equal, compared, gradients, run, trained
-from test_kernel_dropout import fresh_plans
 from test_kernel_properties import SIZES, last_blocks_only, untouched
+from tile_tables import fresh_plans
 from torch import Tensor, nn
 
 from fused_route import Routing, ops, plan, routed_linear
@@ -244,7 +244,7 @@ def test_row_offsets_beyond_two_to_the_31() -> None:
     sizes = made.sizes(M, 1, 0)
     with last_blocks_only():
         given = (x, A, None, None, None, None, z, None, None, None)
-        made.bottleneck(True, sizes.forward_grid, given, sizes.rows)
+        made.bottleneck(True, sizes.bottleneck_grid, given, sizes.rows)
         made.extended_product("forward", x, W.mT, None, z, B, y, None, 0.5)
         made.extended_product("backward", x, W.mT, None, z, A, dx, None, 1.0)
     tail, z = x[-40:].double(), z[-40:].double()

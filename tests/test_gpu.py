@@ -49,6 +49,8 @@ SHAPES = [
 ]
 if ON_GPU:
     SHAPES += [
+        *(Case("op", host, "mul", 768, 64, 8, 5) for host in HOSTS),  # K1's columns in parts
+        Case("op", "linear", "gram", 768, 128, 8, 5, Nv=5),
         op("adapter", "mul", 1024, 128, 10_240),
         op("linear", "mul", 1024, 128, 10_240, dtype="fp16"),
         op("qkv", "mul", 1024, 128, 10_240),  # a fused projection: R = 256

@@ -310,7 +310,7 @@ def test_row_offsets_beyond_two_to_the_31() -> None:
     sizes = plan.sizes(M, 1, 0)
     with last_blocks_only():
         tensors = (x, A, None, None, None, B, None, x, y, None, None, None, None)
-        plan.forward(False, sizes.forward_grid, tensors, (*sizes.rows, 1.0))
+        plan.routed_forward(sizes, False, tensors, 1.0)
         plan.project(x, A, None, None, x_t, "x_h")
     tail = x[-40:].double()
     expected = tail + (tail @ A.double().T).half().double() @ B.double().T

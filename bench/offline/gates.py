@@ -232,8 +232,8 @@ def name_of(case: Case) -> str:
 def all_cases() -> list[Case]:
     """Every row of the tile table at its heaviest mixes × width × numbers × chip, each once.
 
-    Without dropout tiles go another way, straight from memory to the products: on one chip. So do
-    the tiles that only mixes by column have, and K1's columns in parts.
+    Without dropout tiles go another way, straight from memory to the products: on one chip, but for
+    K1 with its columns in parts, which generates without.
     """
     cases = []
     for numbers, d, p in (("bf16", 768, 0.1), ("bf16", 1000, 0.1), ("bf16", 768, 0.0),
@@ -241,11 +241,18 @@ def all_cases() -> list[Case]:
         cases += unique(layers_of(LIGHTER, d, numbers, p), (90,))
     for numbers in ("bf16", "fp32", "tf32"):
         cases += unique(layers_of(HEAVIEST[2:], 768, numbers, p=0.0), (90,))
-        cases += unique(layers_of(HEAVIEST, 768, numbers, rows=("fewest",)), (90,))
     for numbers, chips in CHIPS.items():
         for d in (768, 1000):
             cases += unique(layers_of(HEAVIEST, d, numbers), chips)
+            for p in (0.0, 0.1):
+                cases += in_parts(layers_of(HEAVIEST, d, numbers, p, rows=("fewest",)), chips)
     return cases + p3_cases()
+
+
+def in_parts(layers: Sequence[Layer], chips: Sequence[int | str]) -> list[Case]:
+    """K1 with its columns in parts, of layers with the fewest rows, on the chips that have it."""
+    cases = unique(layers, chips)
+    return [case for case in cases if case.specialisation.values.get("COLUMNS") == "parts"]
 
 
 def quick_cases() -> list[Case]:
@@ -264,8 +271,7 @@ def quick_cases() -> list[Case]:
         for i, by_chip in enumerate(rows.values()):
             of_turn = list(by_chip.values())
             cases.append(of_turn[i % len(of_turn)])
-    in_parts = unique(layers_of(HEAVIEST[:1], 768, "bf16", rows=("fewest",)), (90,))
-    cases += [case for case in in_parts if name_of(case) == "routed_forward"]
+    cases += in_parts(layers_of(HEAVIEST[:1], 768, "bf16", rows=("fewest",)), (90,))
     return cases + quick_p3_cases()
 
 

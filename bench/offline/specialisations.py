@@ -114,7 +114,7 @@ HOSTS = {
     "given_qv": ("given", 3, (0, 2)),
 }
 
-# With the fewest the columns of K1 are in parts, whatever its tile.
+# With the fewest the columns of K1 are in parts where a GPU has them, whatever the tile.
 ROWS = {"fewest": 16, "few": 4224, "many": 16384}
 S = 4  # samples
 
