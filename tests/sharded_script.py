@@ -49,6 +49,7 @@ def main(out: Path) -> None:
             tuned.save(out / "loaded")
     if first:
         torch.save((before, after), out / "scores.pt")
+    dist.barrier()  # one that leaves alone was once aborted by gloo's threads
     dist.destroy_process_group()
 
 
