@@ -126,8 +126,6 @@ def routed_forward(
         for n0 in range(start, stop, BN):
             n = n0 + tl.arange(0, BN)
             base = base_tile(base_ptr, row, inside, n0, SEGMENTS[i] * N, N, LDY, BM, BN)
-            if b_B_ptr is not None:
-                b_B = tl.load(b_B_ptr + i * N + n, mask=n < N, other=0.0)
             y = tl.zeros([BM, BN], tl.float32)
             for c0 in range(0, R_PAD, STEP):
                 k = c0 + tl.arange(0, STEP) - i * RANK
@@ -138,7 +136,7 @@ def routed_forward(
                 y = tl.dot(columns(own_z, c0, STEP), B_T, y, input_precision=PRECISION)
             y = y * s
             if b_B_ptr is not None:
-                y += b_B.to(tl.float32)[None, :]
+                y += tl.load(b_B_ptr + i * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
             y = plus_base(y, base, BASE, BN)
             place = row[:, None] * LDY + (SEGMENTS[i] * N + n)[None, :]
             mask = inside[:, None] & (n < N)[None, :]

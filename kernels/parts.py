@@ -78,8 +78,6 @@ def down(
     again.
     """
     c = tl.arange(0, R_PAD)
-    if b_A_ptr is not None:
-        b_A = tl.load(b_A_ptr + c, mask=c < R, other=0.0)
     acc = tl.zeros([BM, R_PAD], tl.float32)
     for k0 in range(0, D, BK):
         k = k0 + tl.arange(0, BK)
@@ -97,7 +95,7 @@ def down(
     if seed_ptr is not None:
         acc = acc * keep_scale
     if b_A_ptr is not None:
-        acc += b_A.to(tl.float32)[None, :]
+        acc += tl.load(b_A_ptr + c, mask=c < R, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
