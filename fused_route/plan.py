@@ -1,6 +1,5 @@
 """The launches of a layer: kernels with their constants and tiles, grids, and argument order."""
 
-from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,8 +13,6 @@ from .fusion import Fusion
 Grid = tuple[int, int, int]
 Numbers = tuple[int | float, ...]
 Given = tuple[Tensor | None, ...]
-
-MOST_REGISTERS = 255  # of a thread on NVIDIA
 
 # Plans keep what follows from the numbers of rows and samples; emptied when full.
 MOST_SIZES = 1024
@@ -192,8 +189,7 @@ class Plan:
         """K1, whole and with its columns in parts, and K2.
 
         A residual is multiplied in 16 bits alone, where that is exact, and without dropout: an
-        infinity that is dropped from x must not reach other columns. Parts never share a
-        multiprocessor, so that their threads may have all registers that there are.
+        infinity that is dropped from x must not reach other columns.
         """
         exact = same_dtype and self.f.base == "residual" and self.f.p == 0.0
         exact = exact and self.x_dtype.itemsize == 2
@@ -203,7 +199,7 @@ class Plan:
         }
         forward = {**constants, **base["forward"]}
         self.forward = self._launch("forward", {**forward, "COLUMNS": "whole"})
-        alone = replace(self.tiles["forward"], registers=MOST_REGISTERS)
+        alone = kernels().config.alone(self.tiles["forward"])
         self.forward_in_parts = self._launch("forward", {**forward, "COLUMNS": "parts"}, alone)
         self.backward = self._launch("backward", {**constants, **base["backward"]})
 

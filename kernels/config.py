@@ -221,6 +221,14 @@ def parts(major: int | None, blocks: int, steps: int) -> int:
     return max(1, min(steps, FORWARD_PROGRAMS.get(major or 0, 1) // max(blocks, 1)))
 
 
+def alone(tile: Tile) -> Tile:
+    """A tile whose programs never share a multiprocessor: threads may have all registers there are.
+
+    So it is of K1 in parts, where the compiler spilled for the sake of a second program.
+    """
+    return replace(tile, registers=255)
+
+
 def product_tile(major: int | None, size: int, many: bool, products: str) -> ProductTile:
     """The tile of P3's product on a GPU of this compute capability (None: not NVIDIA's).
 

@@ -69,3 +69,8 @@ def test_as_many_parts_as_there_are_idle_multiprocessors(
 ) -> None:
     assert config.parts(9, blocks, steps) == parts
     assert config.parts(8, blocks, steps) == config.parts(None, blocks, steps) == 1
+
+
+def test_parts_may_have_all_registers() -> None:
+    tile = config.Tile(16, 64, 4, 3, 96)
+    assert config.alone(tile) == config.Tile(16, 64, 4, 3, 255)
