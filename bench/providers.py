@@ -6,9 +6,10 @@ yardstick computes less or more than the operation and is held to nothing.
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from bench.models import WAYS
 from bench.operands import S_SCALE, Operands
 from bench.published import published
 from bench.subject import Subject
-from fused_route import coverage, routed_linear
+from fused_route import coverage, known, ops, plan, routed_linear
 
 Make = Callable[[Operands], Subject]
 
@@ -109,6 +110,27 @@ def _p1(o: Operands) -> Tensor:
     )  # fmt: skip
 
 
+def _apart(o: Operands) -> Subject:
+    """The kernels with launches of their own for x_v and its gradient, by plans of its own."""
+    config = plan.kernels().config
+    table, plans, calls = config.tile, cache(ops._plan.__wrapped__), dict[Any, Any]()
+
+    def forward() -> Tensor:
+        usual = ops._plan, known._KNOWN
+        ops._plan, known._KNOWN = plans, calls  # 0.2 µs; mock.patch takes 3.5
+        try:
+            return formulations.library(o)
+        finally:
+            ops._plan, known._KNOWN = usual
+
+    def apart(*cell: Any) -> Any:
+        return replace(table(*cell), image="apart")
+
+    with mock.patch.object(config, "tile", apart), torch.no_grad():
+        forward()  # plans hold tiles
+    return o.subject(lambda _: forward())
+
+
 def _full(o: Operands) -> Subject:
     """Fine-tuning the base itself: y, dx and dW."""
     assert o.weight is not None
@@ -139,6 +161,7 @@ PROVIDERS: dict[str, Provider] = {
     "peft": Provider("plain LoRA by PEFT, no routing", _peft, "lora"),
     "fused": Provider("the library's kernels", _way(formulations.library)),
     "fused-p1": Provider("the kernels by plan P1 alone", _way(_p1)),
+    "fused-apart": Provider("the kernels with the image's launches apart", _apart),
     "frozen": Provider("the base alone: y and dx", _frozen, ""),
     "full": Provider("the base's full fine-tuning: y, dx and dW", _full, ""),
 }  # fmt: skip

@@ -103,22 +103,22 @@ def forward(
     """y (…, of·N), x_t (M, R) where it is wanted for the backward pass, and x_v (S, R) if owned."""
     f, R = plan.f, plan.R
     sizes = sizes_of(plan, t, t.x.numel() // plan.D, longest)
+    by_p3 = extends(plan, t.weight)
+    makes_x_v = plan.makes_x_v and not by_p3
     u, w, x_v = t.u, t.w, None
     if f.image == "owned":
         assert t.x_r is not None
         x_v = t.A.new_empty(sizes.S, R)
-        plan.project(t.x_r, t.A, t.b_A, t.seed, x_v, "x_r")
-        u, w = _of_x_v(f, x_v)
+        if not makes_x_v:
+            plan.project(t.x_r, t.A, t.b_A, t.seed, x_v, "x_r")
+            u, w = _of_x_v(f, x_v)
     x_t = t.A.new_empty(sizes.M, R) if want_x_t else None
-    if extends(plan, t.weight):
+    if by_p3:
         return _extended_forward(plan, t, sizes, s, u, w, x_t), x_t, x_v
     y, base = _output(plan, t)
-    plan.routed_forward(
-        sizes,
-        want_x_t,
-        (t.x, t.A, t.b_A, u, w, t.B, t.b_B, base, y, x_t, t.seed, t.row_sample, t.offsets),
-        s,
-    )
+    x_r, made = (t.x_r, x_v) if makes_x_v else (None, None)
+    read = (t.x, x_r, t.A, t.b_A, u, w, t.B, t.b_B, base)
+    plan.routed_forward(sizes, want_x_t, (*read, y, x_t, made, t.seed, t.row_sample, t.offsets), s)
     return y, x_t, x_v
 
 
@@ -188,6 +188,19 @@ class Gradients(NamedTuple):
     b_B: Tensor | None
 
 
+class OfImage(NamedTuple):
+    """What K3 gets of the gradient of an owned image: dx_v (S, R), or K2's partial sums of it
+    (1, pairs, R), and then also dx_r to fill, where that is wanted.
+    """
+
+    dx_v: Tensor | None = None
+    pairs: Tensor | None = None
+    dx_r: Tensor | None = None
+
+
+NO_IMAGE = OfImage()
+
+
 @on_its_device
 def backward(
     plan: Plan,
@@ -238,8 +251,9 @@ def backward(
         dx = dy.new_empty(*dy.shape[:-1], plan.D)
         keep_scale = plan.dropout[1]
         plan.extended_product("backward", dy, t.weight, None, dx_t, t.A, dx, t.seed, keep_scale)
-    du, dw, dx_v, dx_r = _operand_gradients(plan, t, sizes, x_t, dz, partial, wanted)
-    return Gradients(dx, dx_r, du, dw, *_weights(plan, t, sizes, wanted, s, dy, z, dx_t, dx_v))
+    du, dw, dx_r, of_image = _operand_gradients(plan, t, sizes, x_t, dz, partial, wanted)
+    of_weights = _weights(plan, t, sizes, wanted, s, dy, z, dx_t, of_image)
+    return Gradients(dx, dx_r, du, dw, *of_weights)
 
 
 def _du_dw(stacked: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -271,22 +285,24 @@ def _operand_gradients(
     dz: Tensor | None,
     partial: Tensor | None,
     wanted: Wanted,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """du, dw (or dK), dx_v and dx_r."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, OfImage]:
+    """du, dw (or dK), dx_r, and what K3 gets; dx_r may be filled only there."""
     if dz is not None:
         assert t.w is not None
         dK = torch.empty_like(t.w)
         plan.matrix_gradients(sizes, x_t, dz, dK, t.row_sample, t.offsets)
-        return None, dK, None, None
+        return None, dK, None, NO_IMAGE
     if partial is None:
-        return None, None, None, None
-    out = t.A.new_empty(partial.shape[0], sizes.S, plan.R)
+        return None, None, None, NO_IMAGE
     dx_r = torch.empty_like(t.x_r) if t.x_r is not None and wanted.x_r else None
+    if plan.sums_dx_v and wanted.A:
+        return None, None, dx_r, OfImage(pairs=partial, dx_r=dx_r)
+    out = t.A.new_empty(partial.shape[0], sizes.S, plan.R)
     plan.vector_gradients(sizes, partial, out, t.A, dx_r, t.seed, t.offsets)
     if plan.f.image == "owned":
-        return None, None, out, dx_r
+        return None, None, dx_r, OfImage(out)
     du, dw = _du_dw(out)
-    return du, None if dw is None else dw.view(sizes.S, plan.R), None, None
+    return du, None if dw is None else dw.view(sizes.S, plan.R), None, NO_IMAGE
 
 
 def _weights(
@@ -298,7 +314,7 @@ def _weights(
     dy: Tensor,
     z: Tensor | None = None,
     dx_t: Tensor | None = None,
-    dx_v: Tensor | None = None,
+    of_image: OfImage = NO_IMAGE,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dA, db_A, dB, db_B."""
     dA = torch.empty_like(t.A) if wanted.A else None
@@ -306,9 +322,14 @@ def _weights(
     dB = torch.empty_like(t.B) if wanted.B else None
     db_B = t.B.new_empty(plan.g * plan.N) if wanted.b_B else None
     if wanted.A or wanted.b_A or wanted.B or wanted.b_B:
-        sums = plan.sums(sizes, wanted, dx_v is not None)
-        x_r = None if dx_v is None else t.x_r
-        inputs = (t.x if wanted.A else None, dx_t, x_r, dx_v, dy, z, t.seed)
+        dx_v, pairs, dx_r = of_image
+        has_x_r = dx_v is not None or pairs is not None
+        A, offsets = (None, None) if pairs is None else (t.A, t.offsets)
+        inputs = (
+            *(t.x if wanted.A else None, dx_t, t.x_r if has_x_r else None, dx_v),
+            *(pairs, A, dx_r, dy, z, t.seed, offsets),
+        )
+        sums = plan.sums(sizes, wanted, has_x_r)
         plan.weight_gradients(sums, inputs, (dA, db_A, dB, db_B), s, dy)
     return dA, db_A, dB, db_B
 

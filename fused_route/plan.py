@@ -131,6 +131,24 @@ class Sums(NamedTuple):
     add_numbers: Numbers
 
 
+def _tiles(mix: str, R_PAD: int, size: int, many: bool, major: int | None) -> dict[str, Any]:
+    """The tile of each kernel; of K0 by what it projects, "x_h" or "x_r".
+
+    Of x_r those of few rows: it has one a sample, fewer than x by the length of a text.
+    """
+    tile = kernels().config.tile
+    suffix = "_matrix" if mix == "matrix" else ""
+    found = {
+        name: tile(name, R_PAD, size, many, major) for name in ("vectors", "matrices", "weights")
+    }
+    for name in ("forward", "backward"):
+        found[name] = tile(name + suffix, R_PAD, size, many, major)
+    found["bottleneck"] = found["forward"]
+    for stream, is_many in (("x_h", many), ("x_r", False)):
+        found[stream] = tile("project", R_PAD, size, is_many, major)
+    return found
+
+
 class Plan:
     """The kernels of one Fusion at one set of widths and dtypes, for few or for many rows.
 
@@ -153,29 +171,22 @@ class Plan:
         many: bool,
         major: int | None,
     ) -> None:
-        config = kernels().config
         self.f, self.D, self.N, self.R, self.x_dtype, self.major = f, D, N, R, x_dtype, major
         self.g = len(f.segments)
-        R_PAD = config.padded(R)
-        suffix = "_matrix" if f.mix == "matrix" else ""
-        self.tiles = {
-            name: config.tile(
-                name + suffix if name in ("forward", "backward") else name,
-                R_PAD,
-                dtype.itemsize,
-                many,
-                major,
-            )
-            for name in ("project", "forward", "backward", "vectors", "matrices", "weights")
-        }
-        self.tiles["bottleneck"] = self.tiles["forward"]
-        self.product_tile = config.product_tile(major, dtype.itemsize, many, f.products)
+        R_PAD = kernels().config.padded(R)
+        self.tiles = _tiles(f.mix, R_PAD, dtype.itemsize, many, major)
+        self.product_tile = kernels().config.product_tile(major, dtype.itemsize, many, f.products)
+        owns = f.image == "owned"
+        self.makes_x_v = owns and self.tiles["forward"].image == "along"
+        self.sums_dx_v = owns and self.tiles["weights"].image == "along"
         bottleneck = {"D": D, "R": R, "R_PAD": R_PAD}
         self.to_segments = {"D": D, "N": N, "LDY": f.of * N, "R": R, "R_PAD": R_PAD}
         mix = {"MIX": f.mix, "U": f.u, "W": f.w, "FIRST": f.first, "G": f.groups}
         mix |= {"ACTIVATION": f.activation}
-        self.project_x_h = self._launch("project", {**bottleneck, "STREAM": 0})
-        self.project_x_r = self._launch("project", {**bottleneck, "STREAM": 1})
+        self.projects = {
+            stream: self._launch("project", {**bottleneck, "STREAM": i}, self.tiles[stream])
+            for i, stream in enumerate(("x_h", "x_r"))
+        }
         self._launch_routed({**self.to_segments, "SEGMENTS": f.segments, **mix}, x_dtype == dtype)
         self.bottleneck = self._launch("bottleneck", {**bottleneck, **mix})
         row_block = {"ROW_BLOCK": self.tiles["backward"].BM}
@@ -286,10 +297,9 @@ class Plan:
         stream: str,
     ) -> None:
         """K0: out (M, R) = x̂ Aᵀ + b_A."""
-        launch = self.project_x_h if stream == "x_h" else self.project_x_r
         M = out.shape[0]
-        grid = (cdiv(M, self.tiles["project"].BM), 1, 1)
-        launch(None, grid, (x, A, b_A, seed, out), (M, *self.dropout))
+        grid = (cdiv(M, self.tiles[stream].BM), 1, 1)
+        self.projects[stream](None, grid, (x, A, b_A, seed, out), (M, *self.dropout))
 
     def vector_gradients(
         self,
@@ -342,7 +352,7 @@ class Plan:
             (splits + visual) * (lengths[0] + lengths[2]) + splits * (lengths[1] + lengths[3]),
             partials,
             (blocks, splits + visual, 1),
-            (sizes.M, sizes.S, rows_per_split, splits, visual, *self.dropout),
+            (sizes.M, sizes.S, sizes.T, rows_per_split, splits, visual, *self.dropout),
             add,
             (sum(cdiv(length, config.ADD.BN) for length in lengths), 1, 1),
             (splits, visual),
@@ -362,15 +372,20 @@ class Plan:
         }
         rank = {"RANK_PAD": config.padded(self.R // self.g), "SEGMENTS": self.f.segments}
         want = {f"WANT_{name}": getattr(wanted, name) for name in ("A", "b_A", "B", "b_B")}
-        partials = self._launch("weights", {**self.to_segments, **rank, **want})
+        # Where K3 does not read what K2 left of each pair, tiles of few and many rows may be one.
+        row_block = {"ROW_BLOCK": self.tiles["backward"].BM if self.sums_dx_v else 1}
+        partials = self._launch("weights", {**self.to_segments, **rank, **row_block, **want})
         add = kernels().Launch(kernels().add, config.ADD, {**lengths, "BLOCK": config.ADD.BN})
         return partials, add, tuple(lengths.values())
 
     def weight_gradients(
         self, sums: Sums, inputs: Given, outputs: Given, s: float, like: Tensor
     ) -> None:
-        """K3 with (x, dx_t, x_r, dx_v, dy, z, seed), then K4 to (dA, db_A, dB, db_B)."""
+        """K3 with (x, dx_t, x_r, dx_v, its partial sums, A, dx_r, dy, z, seed, offsets), then K4 to
+        (dA, db_A, dB, db_B).
+        """
         partial = torch.empty(sums.length, dtype=torch.float32, device=like.device)
         tensors = (*inputs, partial)
-        sums.partials(inputs[3] is None, sums.partials_grid, tensors, sums.partials_numbers)
+        absent = (inputs[3] is None, inputs[4] is None, inputs[6] is None)
+        sums.partials(absent, sums.partials_grid, tensors, sums.partials_numbers)
         sums.add(None, sums.add_grid, (partial, *outputs), (*sums.add_numbers, s))

@@ -146,7 +146,7 @@ def routed_backward(
     row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)
     dz = up_backward(dy_ptr, B_ptr, row, inside, N, LDY, R, R_PAD, SEGMENTS, PRECISION, BM, BN) * s
     x_t = bottleneck_tile(x_t_ptr, row, inside, R, R_PAD)
-    z = mix(x_t, u_ptr, w_ptr, sample, routed, MIX, U, W, FIRST, PRECISION, G, R, R_PAD, 128)
+    z = mix(x_t, None, u_ptr, w_ptr, sample, routed, MIX, U, W, FIRST, PRECISION, G, R, R_PAD, 128)
 
     c = tl.arange(0, R_PAD)
     place = row[:, None] * R + c[None, :]

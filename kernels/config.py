@@ -26,6 +26,8 @@ class Tile:
     registers: how many of them a thread may have on NVIDIA, where the compiler's own choice is so
     few, for the sake of one more program, that it spills. residual: how the 16-bit residual of an
     adapter comes to the sum, "added" or "multiplied" with the unit matrix (`parts.plus_base`).
+    image: whether x_v (of K1) and the sums of its gradient (of K3) have launches of their own,
+    "apart", or are made by the kernel itself, "along" (for few rows: each program makes them anew).
     spills: how many the gates let pass, of a tile that was measured to be faster in spite of them.
     """
 
@@ -35,6 +37,7 @@ class Tile:
     stages: int
     registers: int | None = None
     residual: str = "added"
+    image: str = "apart"
     spills: int = 0
 
 
@@ -61,9 +64,9 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
         (256, 2): (Tile(32, 64, 8, 2, 160), Tile(32, 64, 8, 2, 160)),
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-        (64, 4): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (64, 4): (Tile(32, 32, 8, 2, 96), Tile(32, 32, 8, 2, 96)),
         (128, 4): (Tile(32, 32, 8, 2, 160), Tile(32, 32, 8, 2, 160)),
-        (256, 4): (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+        (256, 4): (Tile(16, 32, 8, 1, 240), Tile(16, 32, 8, 1, 240)),
     },
     "forward_matrix": {
         (16, 2): (Tile(32, 64, 4, 3), Tile(64, 64, 4, 3)),
@@ -131,7 +134,7 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
         (32, 2): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
         (64, 2): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
         (128, 2): (Tile(32, 64, 4, 3), Tile(64, 128, 8, 2)),
-        (256, 2): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+        (256, 2): (Tile(32, 64, 8, 2, 160), Tile(32, 64, 8, 2, 160)),
         (16, 4): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
         (32, 4): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
         (64, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
@@ -142,23 +145,48 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
 
 # Rows that replace those of TILES, by major compute capability, where a sweep found faster ones and
 # they need not fit elsewhere: more stages, and wider steps with few rows, whose pipelines start and
-# end more often than they run. Measured on an H200 with 2,000 and 32,768 rows of d = 768.
+# end more often than they run. Measured on an H200 with 2,000 and 32,768 rows of d = 768: K1 to K3
+# from R = 64 on. Not timed: R = 16 and 32, "project", which is the first half of K1, and "vectors",
+# all four in the few rows' steps of R = 64 and up, and the image made "along" (decision 54).
 TUNED: dict[int, dict[str, dict[tuple[int, int], tuple[Tile, Tile]]]] = {
     9: {
+        "project": {
+            (16, 2): (Tile(16, 256, 4, 4), TILES["project"][16, 2][1]),
+            (32, 2): (Tile(16, 256, 4, 4), TILES["project"][32, 2][1]),
+            (64, 2): (Tile(16, 256, 4, 4), TILES["project"][64, 2][1]),
+            (128, 2): (Tile(16, 256, 4, 3), TILES["project"][128, 2][1]),
+            (256, 2): (Tile(16, 128, 8, 2), TILES["project"][256, 2][1]),
+        },
         "forward": {
-            (64, 2): (Tile(16, 256, 4, 4, spills=8), Tile(64, 128, 8, 3)),
-            (128, 2): (Tile(16, 256, 4, 3), Tile(64, 64, 4, 4, residual="multiplied")),
-            (256, 2): (Tile(16, 128, 8, 2), Tile(32, 64, 8, 3)),
+            (16, 2): (Tile(16, 256, 4, 4, image="along"), TILES["forward"][16, 2][1]),
+            (32, 2): (Tile(16, 256, 4, 4, image="along", spills=8), TILES["forward"][32, 2][1]),
+            (64, 2): (Tile(16, 256, 4, 4, image="along", spills=8), Tile(64, 128, 8, 3)),
+            (128, 2): (
+                Tile(16, 256, 4, 3, image="along", spills=18),
+                Tile(64, 64, 4, 4, residual="multiplied"),
+            ),
+            (256, 2): (Tile(16, 128, 8, 2, image="along"), Tile(32, 64, 8, 3)),
         },
         "backward": {
+            (16, 2): (Tile(16, 256, 4, 4), TILES["backward"][16, 2][1]),
+            (32, 2): (Tile(16, 256, 4, 4), TILES["backward"][32, 2][1]),
             (64, 2): (Tile(16, 256, 4, 4, 200), Tile(64, 128, 4, 3)),
             (128, 2): (Tile(16, 128, 4, 4), Tile(64, 64, 4, 4, residual="multiplied", spills=450)),
             (256, 2): (Tile(16, 128, 8, 2), Tile(32, 64, 8, 3)),
         },
+        "vectors": {
+            (16, 2): (Tile(16, 256, 4, 3), Tile(16, 256, 4, 3)),
+            (32, 2): (Tile(16, 256, 4, 3), Tile(16, 256, 4, 3)),
+            (64, 2): (Tile(16, 256, 4, 3), Tile(16, 256, 4, 3)),
+            (128, 2): (Tile(16, 128, 4, 3), Tile(16, 128, 4, 3)),
+            (256, 2): (Tile(16, 128, 8, 2), Tile(16, 128, 8, 2)),
+        },
         "weights": {
-            (64, 2): (Tile(64, 64, 4, 4), Tile(32, 128, 8, 3)),
-            (128, 2): (Tile(64, 64, 4, 4), Tile(64, 128, 8, 3)),
-            (256, 2): (Tile(32, 64, 8, 4), Tile(32, 64, 8, 4)),
+            (16, 2): (Tile(64, 64, 4, 4, image="along"), TILES["weights"][16, 2][1]),
+            (32, 2): (Tile(64, 64, 4, 4, image="along"), TILES["weights"][32, 2][1]),
+            (64, 2): (Tile(64, 64, 4, 4, image="along"), Tile(32, 128, 8, 3)),
+            (128, 2): (Tile(64, 64, 4, 4, image="along"), Tile(64, 128, 8, 3)),
+            (256, 2): (Tile(32, 64, 8, 4, image="along"), Tile(32, 64, 8, 4)),
         },
     },
 }

@@ -27,8 +27,8 @@ def project(
     """
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     inside = row < M
-    x_t = down(
-        x_ptr, A_ptr, b_A_ptr, seed_ptr, row, inside, threshold, keep_scale,
+    x_t, _ = down(
+        x_ptr, None, A_ptr, b_A_ptr, seed_ptr, row, row, inside, threshold, keep_scale,
         D, R, R_PAD, STREAM, PRECISION, BM, BN,
     )  # fmt: skip
     c = tl.arange(0, R_PAD)
@@ -38,24 +38,35 @@ def project(
 
 @triton.jit
 def bottleneck(
-    x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, seed_ptr, row, inside, stored, sample, routed,
-    threshold, keep_scale,
+    x_ptr, x_r_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, x_v_ptr, seed_ptr, row, inside, stored,
+    sample, routed, threshold, keep_scale,
     D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, MIX: tl.constexpr, U: tl.constexpr,
     W: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """z = act(mix(x̂ Aᵀ + b_A)) (BM, R_PAD); stores the rows `stored` of x_t (·, R), if any."""
+    """z = act(mix(x̂ Aᵀ + b_A)) (BM, R_PAD); stores the rows `stored` of x_t (·, R), if any.
+
+    Where x_r is given, x_v is made here too, and each row of `stored` stores that of its sample,
+    the same for all rows of one.
+    """
     c = tl.arange(0, R_PAD)
-    x_t = down(
-        x_ptr, A_ptr, b_A_ptr, seed_ptr, row, inside, threshold, keep_scale,
+    x_t, x_v = down(
+        x_ptr, x_r_ptr, A_ptr, b_A_ptr, seed_ptr, row, sample, inside, threshold, keep_scale,
         D, R, R_PAD, 0, PRECISION, BM, BN,
     )  # fmt: skip
-    rounded = x_t.to(A_ptr.dtype.element_ty)  # what the backward pass will read
+    fits = stored[:, None] & (c < R)[None, :]
+    x_t = x_t.to(A_ptr.dtype.element_ty)  # what the backward pass will read
     if x_t_ptr is not None:
-        fits = stored[:, None] & (c < R)[None, :]
-        tl.store(x_t_ptr + row[:, None] * R + c[None, :], rounded, mask=fits)
+        tl.store(x_t_ptr + row[:, None] * R + c[None, :], x_t, mask=fits)
+    if x_r_ptr is not None:
+        x_v = x_v.to(A_ptr.dtype.element_ty)
+        place = sample.to(tl.int64)[:, None] * R + c[None, :]
+        tl.store(x_v_ptr + place, x_v, mask=fits)
+        x_v = x_v.to(tl.float32)
+    else:
+        x_v = None
     z = mix(
-        rounded.to(tl.float32), u_ptr, w_ptr, sample, routed,
+        x_t.to(tl.float32), x_v, u_ptr, w_ptr, sample, routed,
         MIX, U, W, FIRST, PRECISION, G, R, R_PAD, 256,
     )  # fmt: skip
     return activate(z, ACTIVATION)
@@ -75,8 +86,9 @@ def routed_bottleneck(
     """
     row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)
     z = bottleneck(
-        x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, seed_ptr, row, inside, inside, sample, routed,
-        threshold, keep_scale, D, R, R_PAD, MIX, U, W, FIRST, G, ACTIVATION, PRECISION, BM, BN,
+        x_ptr, None, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, None, seed_ptr, row, inside, inside,
+        sample, routed, threshold, keep_scale,
+        D, R, R_PAD, MIX, U, W, FIRST, G, ACTIVATION, PRECISION, BM, BN,
     )  # fmt: skip
     c = tl.arange(0, R_PAD)
     mask = inside[:, None] & (c < R)[None, :]
@@ -85,8 +97,8 @@ def routed_bottleneck(
 
 @triton.jit(do_not_specialize=["M", "T", "threshold"])
 def routed_forward(
-    x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, B_ptr, b_B_ptr, base_ptr, y_ptr, x_t_ptr,
-    seed_ptr, row_sample_ptr, offsets_ptr, M, T, threshold, keep_scale, s,
+    x_ptr, x_r_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, B_ptr, b_B_ptr, base_ptr, y_ptr, x_t_ptr,
+    x_v_ptr, seed_ptr, row_sample_ptr, offsets_ptr, M, T, threshold, keep_scale, s,
     D: tl.constexpr, N: tl.constexpr, LDY: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
     SEGMENTS: tl.constexpr, MIX: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
     FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr, BASE: tl.constexpr,
@@ -95,9 +107,10 @@ def routed_forward(
     """K1: y = base + b_B + s · act(mix(x̂ Aᵀ + b_A)) Bᵀ, for BM rows of x (M, D) a program.
 
     x_t stays in registers from the down-projection to the up-projection; it is stored (M, R) where
-    x_t_ptr is given, for the backward pass. The N columns of B's segment i are added to columns
-    SEGMENTS[i]·N … of base, and written to the same columns of y (rows of LDY). For an adapter
-    base is x itself; for a linear layer it is y, in place.
+    x_t_ptr is given, for the backward pass. Where x_r (S, D) is given, x_v of the rows' samples is
+    made from it and stored (S, R), of samples that have rows; else u and w are read. The N columns
+    of B's segment i are added to columns SEGMENTS[i]·N … of base, and written to the same columns
+    of y (rows of LDY). For an adapter base is x itself; for a linear layer it is y, in place.
 
     Grid: see `block_of_rows`; where COLUMNS are in "parts", programs of a third axis share those of
     each segment, and each makes z anew. Bytes: x, base and y once, x_t once; A and B once a
@@ -111,8 +124,9 @@ def routed_forward(
         start, stop = part * STEPS // parts * BN, (part + 1) * STEPS // parts * BN
         stored = inside & (part == 0)
     z = bottleneck(
-        x_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, seed_ptr, row, inside, stored, sample, routed,
-        threshold, keep_scale, D, R, R_PAD, MIX, U, W, FIRST, G, ACTIVATION, PRECISION, BM, BN,
+        x_ptr, x_r_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, x_v_ptr, seed_ptr, row, inside,
+        stored, sample, routed, threshold, keep_scale,
+        D, R, R_PAD, MIX, U, W, FIRST, G, ACTIVATION, PRECISION, BM, BN,
     ).to(B_ptr.dtype.element_ty)  # fmt: skip
 
     c = tl.arange(0, R_PAD)

@@ -7,22 +7,17 @@ from .backward import down_backward
 from .parts import relu
 
 
-@triton.jit(do_not_specialize=["T", "pairs", "S", "threshold"])
-def vector_gradient(
-    partial_ptr, out_ptr, A_ptr, dx_r_ptr, seed_ptr, offsets_ptr, S, T, pairs, threshold,
-    keep_scale,
-    D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, ROW_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+@triton.jit
+def sample_sums(
+    partial_ptr, offsets_ptr, sample, inside, first_pair, T,
+    R: tl.constexpr, R_PAD: tl.constexpr, ROW_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (·, S, R): Σ of each sample's partial sums (·, pairs, R), in the order of the row blocks.
+    """Σ of each sample's partial sums (·, R), in the order of the row blocks: (BM, R_PAD) in fp32.
 
-    Where dx_r_ptr is given also dx_r (S, D) = keep ∘ (out A) / (1 − p): out is then dx_v.
-    Grid (blocks of BM samples, operands). ROW_BLOCK is the BM of the kernel that wrote `partial`.
+    They begin at row first_pair of `partial`, and lie as `backward.sum_by_sample` puts them.
+    ROW_BLOCK is the BM of the kernel that wrote them.
     """
-    which = tl.program_id(1)
     c = tl.arange(0, R_PAD)
-    sample = tl.program_id(0) * BM + tl.arange(0, BM)
-    inside = sample < S
     if offsets_ptr is not None:
         start = tl.load(offsets_ptr + sample, mask=inside, other=0).to(tl.int32)
         stop = tl.load(offsets_ptr + sample + 1, mask=inside, other=0).to(tl.int32)
@@ -30,12 +25,34 @@ def vector_gradient(
         start, stop = sample * T, sample * T + T
     first = start // ROW_BLOCK
     count = tl.where(inside & (stop > start), (stop - 1) // ROW_BLOCK - first + 1, 0)
-    pair = (first + sample).to(tl.int64) + which.to(tl.int64) * pairs
-    acc = tl.zeros([BM, R_PAD], tl.float32)
+    pair = (first + sample).to(tl.int64) + first_pair
+    acc = tl.zeros([sample.shape[0], R_PAD], tl.float32)
     for i in range(0, tl.max(count, 0)):
         mask = (i < count)[:, None] & (c < R)[None, :]
         acc += tl.load(partial_ptr + (pair + i)[:, None] * R + c[None, :], mask=mask, other=0.0)
+    return acc
 
+
+@triton.jit(do_not_specialize=["T", "pairs", "S", "threshold"])
+def vector_gradient(
+    partial_ptr, out_ptr, A_ptr, dx_r_ptr, seed_ptr, offsets_ptr, S, T, pairs, threshold,
+    keep_scale,
+    D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, ROW_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out (·, S, R): Σ of each sample's partial sums (·, pairs, R), as of `sample_sums`.
+
+    Where dx_r_ptr is given also dx_r (S, D) = keep ∘ (out A) / (1 − p): out is then dx_v.
+    Grid (blocks of BM samples, operands).
+    """
+    which = tl.program_id(1)
+    c = tl.arange(0, R_PAD)
+    sample = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = sample < S
+    first_pair = which.to(tl.int64) * pairs
+    acc = sample_sums(
+        partial_ptr, offsets_ptr, sample, inside, first_pair, T, R, R_PAD, ROW_BLOCK
+    )  # fmt: skip
     row = sample.to(tl.int64)
     rounded = acc.to(out_ptr.dtype.element_ty)
     place = (row + which.to(tl.int64) * S)[:, None] * R + c[None, :]

@@ -67,36 +67,68 @@ def kept(seed_ptr, row, k0, threshold, STREAM: tl.constexpr, BM: tl.constexpr, B
 
 
 @triton.jit
+def kept_tile(
+    x_ptr, seed_ptr, row, inside, k0, threshold, D: tl.constexpr, STREAM: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Columns k0 … k0 + BK of rows of x (·, D): (BM, BK), zero where dropout drops it."""
+    k = k0 + tl.arange(0, BK)
+    x = tl.load(
+        x_ptr + row[:, None] * D + k[None, :],
+        mask=inside[:, None] & (k < D)[None, :], other=0.0,
+    )  # (BM, BK)  # fmt: skip
+    if seed_ptr is not None:
+        x = tl.where(kept(seed_ptr, row, k0, threshold, STREAM, BM, BK), x, 0.0)
+    return x
+
+
+@triton.jit
+def plus_bias(
+    sums, b_A_ptr, seed_ptr, keep_scale, R: tl.constexpr, R_PAD: tl.constexpr
+):  # fmt: skip
+    """sums / (1 − p) + b_A (BM, R_PAD), with the factor where there is dropout."""
+    c = tl.arange(0, R_PAD)
+    if seed_ptr is not None:
+        sums = sums * keep_scale
+    if b_A_ptr is not None:
+        sums += tl.load(b_A_ptr + c, mask=c < R, other=0.0).to(tl.float32)[None, :]
+    return sums
+
+
+@triton.jit
 def down(
-    x_ptr, A_ptr, b_A_ptr, seed_ptr, row, inside, threshold, keep_scale,
+    x_ptr, x_r_ptr, A_ptr, b_A_ptr, seed_ptr, row, sample, inside, threshold, keep_scale,
     D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, STREAM: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """x̂ Aᵀ + b_A (BM, R_PAD) for rows of x (·, D); x̂ = keep ∘ x / (1 − p) where there is a seed.
 
+    And the same of each row's own image, where x_r (S, D) is given: x_v (BM, R_PAD), from the tiles
+    of A that pass by anyway. Rows of one sample repeat it; 16 rows are the fewest of a product.
+
     The factor 1 / (1 − p) is applied to the sum: products are linear in it, and x is not rounded
     again.
+
+    Returns:
+        x_t, x_v; without x_r_ptr x_v is nothing of use.
     """
     c = tl.arange(0, R_PAD)
-    acc = tl.zeros([BM, R_PAD], tl.float32)
+    x_t = tl.zeros([BM, R_PAD], tl.float32)
+    x_v = tl.zeros([BM, R_PAD], tl.float32)
     for k0 in range(0, D, BK):
         k = k0 + tl.arange(0, BK)
-        x = tl.load(
-            x_ptr + row[:, None] * D + k[None, :],
-            mask=inside[:, None] & (k < D)[None, :], other=0.0,
-        )  # (BM, BK)  # fmt: skip
-        if seed_ptr is not None:
-            keep = kept(seed_ptr, row, k0, threshold, STREAM, BM, BK)
-            x = tl.where(keep, x, 0.0)
+        x = kept_tile(x_ptr, seed_ptr, row, inside, k0, threshold, D, STREAM, BM, BK)
         A_T = tl.load(
             A_ptr + c[None, :] * D + k[:, None], mask=(c < R)[None, :] & (k < D)[:, None], other=0.0
         )  # (BK, R_PAD)
-        acc = tl.dot(x.to(A_T.dtype), A_T, acc, input_precision=PRECISION)
-    if seed_ptr is not None:
-        acc = acc * keep_scale
-    if b_A_ptr is not None:
-        acc += tl.load(b_A_ptr + c, mask=c < R, other=0.0).to(tl.float32)[None, :]
-    return acc
+        x_t = tl.dot(x.to(A_T.dtype), A_T, x_t, input_precision=PRECISION)
+        if x_r_ptr is not None:
+            own = sample.to(tl.int64)
+            x_r = kept_tile(x_r_ptr, seed_ptr, own, inside, k0, threshold, D, 1, BM, BK)
+            x_v = tl.dot(x_r.to(A_T.dtype), A_T, x_v, input_precision=PRECISION)
+    x_t = plus_bias(x_t, b_A_ptr, seed_ptr, keep_scale, R, R_PAD)
+    x_v = plus_bias(x_v, b_A_ptr, seed_ptr, keep_scale, R, R_PAD)
+    return x_t, x_v
 
 
 @triton.jit
@@ -157,16 +189,20 @@ def plus_base(values, base, BASE: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def vector_operand(
-    ptr, sample, routed, KIND: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr
+    ptr, x_v, sample, routed, KIND: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr
 ):  # fmt: skip
     """u or w (BM, R_PAD) of each row's sample, from x_v or an operand (S, R).
 
+    x_v: where this program has made it, each row's own (BM, R_PAD); None: it is read.
     KIND: "plain", "relu" of it, or "one", which reads nothing.
     """
     if KIND == "one":
         operand = tl.full([routed.shape[0], R_PAD], 1.0, tl.float32)
     else:
-        operand = bottleneck_tile(ptr, sample.to(tl.int64), routed, R, R_PAD)
+        if x_v is not None:
+            operand = x_v
+        else:
+            operand = bottleneck_tile(ptr, sample.to(tl.int64), routed, R, R_PAD)
         if KIND == "relu":
             operand = relu(operand)
     return operand
@@ -237,7 +273,7 @@ def matrix_mix(
 
 @triton.jit
 def mix(
-    x_t, u_ptr, w_ptr, sample, routed,
+    x_t, x_v, u_ptr, w_ptr, sample, routed,
     MIX: tl.constexpr, U: tl.constexpr, W: tl.constexpr, FIRST: tl.constexpr,
     PRECISION: tl.constexpr, G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -245,6 +281,7 @@ def mix(
     """z (BM, R_PAD) = mix(first(x_t), operand); rows that are not routed keep x_t.
 
     identity x, shift x + w, scale x ∘ w, rank1 ⟨x, u⟩ w by group, matrix x K (w_ptr holds K).
+    x_v: as of `vector_operand`.
     """
     x = relu(x_t) if FIRST == "relu" else x_t
     if MIX == "identity":
@@ -252,13 +289,13 @@ def mix(
     elif MIX == "matrix":
         z = matrix_mix(x, w_ptr, sample, False, PRECISION, G, R, R_PAD, WHOLE)
     else:
-        w = vector_operand(w_ptr, sample, routed, W, R, R_PAD)
+        w = vector_operand(w_ptr, x_v, sample, routed, W, R, R_PAD)
         if MIX == "shift":
             z = x + w
         elif MIX == "scale":
             z = x * w
         else:
-            u = vector_operand(u_ptr, sample, routed, U, R, R_PAD)
+            u = vector_operand(u_ptr, x_v, sample, routed, U, R, R_PAD)
             z = group_sums(x * u, G, R, R_PAD) * w
     return tl.where(routed[:, None], z, x_t)
 
@@ -276,10 +313,10 @@ def mix_backward(
     if MIX == "matrix":
         dx = matrix_mix(dz, w_ptr, sample, True, PRECISION, G, R, R_PAD, 128)
     elif MIX == "scale":
-        dx = dz * vector_operand(w_ptr, sample, routed, W, R, R_PAD)
+        dx = dz * vector_operand(w_ptr, None, sample, routed, W, R, R_PAD)
     elif MIX == "rank1":
-        w = vector_operand(w_ptr, sample, routed, W, R, R_PAD)
-        u = vector_operand(u_ptr, sample, routed, U, R, R_PAD)
+        w = vector_operand(w_ptr, None, sample, routed, W, R, R_PAD)
+        u = vector_operand(u_ptr, None, sample, routed, U, R, R_PAD)
         dx = group_sums(dz * w, G, R, R_PAD) * u
     else:
         dx = dz
@@ -300,7 +337,7 @@ def w_gradient(
         if MIX == "scale":
             dw = dz * x
         else:
-            u = vector_operand(u_ptr, sample, routed, U, R, R_PAD)
+            u = vector_operand(u_ptr, None, sample, routed, U, R, R_PAD)
             dw = group_sums(x * u, G, R, R_PAD) * dz
     return dw
 
@@ -312,7 +349,7 @@ def u_gradient(
 ):  # fmt: skip
     """Each row's part of du (BM, R_PAD) for rank1: ⟨dz, w⟩ x."""
     x = relu(x_t) if FIRST == "relu" else x_t
-    w = vector_operand(w_ptr, sample, routed, W, R, R_PAD)
+    w = vector_operand(w_ptr, None, sample, routed, W, R, R_PAD)
     return group_sums(dz * w, G, R, R_PAD) * x
 
 

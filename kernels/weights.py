@@ -8,7 +8,8 @@ dA (splits + visual, R·D), dB (splits, g·N·r), db_A (splits + visual, R), db_
 import triton
 import triton.language as tl
 
-from .parts import kept
+from .operands import sample_sums
+from .parts import kept, kept_tile
 
 
 @triton.jit
@@ -34,22 +35,28 @@ def transposed_product(
     acc = tl.zeros([BN, C_PAD], tl.float32)
     BY_PRODUCT: tl.constexpr = narrow_ptr is not None and wide_ptr.dtype.element_ty != tl.float32
     by_product = tl.zeros([BN, 16], tl.float32)  # 16 equal columns, the fewest of a product
-    sums = tl.zeros([BM, BN], tl.float32)
-    # Pipelined, 4-byte elements of a transposed operand of TF32 are copied one by one; in one stage
-    # each thread reads 16 bytes, and 4 programs or more a multiprocessor hide the wait.
-    STAGES: tl.constexpr = 1 if PRECISION == "tf32" else None
-    for m0 in tl.range(start, stop, BM, num_stages=STAGES):
-        row = (m0 + tl.arange(0, BM)).to(tl.int64)
+    # Pipelined, 4-byte elements of a transposed operand are copied one by one: in TF32, and where
+    # autocast leaves x in fp32 beside weights in 16 bits. In one stage each thread reads 16 bytes,
+    # and the other programs of a multiprocessor hide the wait. Of 4 bytes beside 2, half as many
+    # rows a step hold as much: whole steps spilled 160 times at R = 128 on sm_80.
+    MIXED: tl.constexpr = (
+        narrow_ptr is not None and wide_ptr.dtype.element_ty != narrow_ptr.dtype.element_ty
+    )
+    STAGES: tl.constexpr = 1 if PRECISION == "tf32" or MIXED else None
+    ROWS: tl.constexpr = BM // 2 if MIXED and BM > 16 else BM
+    sums = tl.zeros([ROWS, BN], tl.float32)
+    for m0 in tl.range(start, stop, ROWS, num_stages=STAGES):
+        row = (m0 + tl.arange(0, ROWS)).to(tl.int64)
         inside = row < stop
         wide = tl.load(
             wide_ptr + row[:, None] * LDW + (column + n)[None, :],
             mask=inside[:, None] & (n < WIDTH)[None, :], other=0.0,
-        )  # (BM, BN)  # fmt: skip
+        )  # (ROWS, BN)  # fmt: skip
         if seed_ptr is not None:
-            wide = tl.where(kept(seed_ptr, row, first, threshold, STREAM, BM, BN), wide, 0.0)
+            wide = tl.where(kept(seed_ptr, row, first, threshold, STREAM, ROWS, BN), wide, 0.0)
         if SUMS:
             if BY_PRODUCT:
-                ones = tl.full([BM, 16], 1.0, wide.dtype)
+                ones = tl.full([ROWS, 16], 1.0, wide.dtype)
                 by_product = tl.dot(tl.trans(wide), ones, by_product)
             else:
                 sums += wide.to(tl.float32)
@@ -57,7 +64,7 @@ def transposed_product(
             narrow = tl.load(
                 narrow_ptr + row[:, None] * LDC + (c0 + c)[None, :],
                 mask=inside[:, None] & (c < C)[None, :], other=0.0,
-            )  # (BM, C_PAD)  # fmt: skip
+            )  # (ROWS, C_PAD)  # fmt: skip
             acc = tl.dot(tl.trans(wide.to(narrow.dtype)), narrow, acc, input_precision=PRECISION)
     if BY_PRODUCT:
         is_first = (tl.arange(0, 16) == 0)[None, :]
@@ -101,26 +108,81 @@ def down_weights(
             tl.store(db_A_ptr + c, row_sums(dx_t_ptr, start, stop, R, R_PAD, BM), mask=c < R)
 
 
-@triton.jit(do_not_specialize=["M", "S", "rows_per_split", "splits", "visual", "threshold"])
+# Samples whose partial sums `image_weights` holds at once, in fp32 beside dA.
+MOST_SAMPLES = tl.constexpr(32)
+
+
+@triton.jit
+def image_weights(
+    x_r_ptr, pairs_ptr, A_ptr, dx_r_ptr, seed_ptr, offsets_ptr, dA_ptr, db_A_ptr, start, stop, T,
+    threshold, keep_scale, block,
+    D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, ROW_BLOCK: tl.constexpr,
+    WANT_b_A: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """`down_weights` of samples start … stop, whose dx_v (·, R) is only now summed up, and dx_r.
+
+    Stores columns of one block of dx_vᵀ x̂_r; where it is given of dx_r (S, D) =
+    keep ∘ (dx_v A) / (1 − p); and, in the first block, Σ dx_v. Every column block sums dx_v anew,
+    from the second-level cache.
+    """
+    c = tl.arange(0, R_PAD)
+    n = block * BN + tl.arange(0, BN)
+    dA = tl.zeros([BN, R_PAD], tl.float32)
+    db_A = tl.zeros([R_PAD], tl.float32)
+    for s0 in range(start, stop, BM):
+        sample = s0 + tl.arange(0, BM)
+        inside = sample < stop
+        row = sample.to(tl.int64)
+        x_r = kept_tile(x_r_ptr, seed_ptr, row, inside, block * BN, threshold, D, 1, BM, BN)
+        dx_v = sample_sums(
+            pairs_ptr, offsets_ptr, sample, inside, 0, T, R, R_PAD, ROW_BLOCK
+        ).to(A_ptr.dtype.element_ty)  # (BM, R_PAD)  # fmt: skip
+        dA = tl.dot(tl.trans(x_r.to(dx_v.dtype)), dx_v, dA, input_precision=PRECISION)
+        db_A += tl.sum(dx_v.to(tl.float32), 0)
+        if dx_r_ptr is not None:
+            A = tl.load(
+                A_ptr + c[:, None] * D + n[None, :],
+                mask=(c < R)[:, None] & (n < D)[None, :], other=0.0,
+            )  # (R_PAD, BN)  # fmt: skip
+            dx_r = tl.dot(dx_v, A, input_precision=PRECISION)
+            if seed_ptr is not None:
+                keep = kept(seed_ptr, row, block * BN, threshold, 1, BM, BN)
+                dx_r = tl.where(keep, dx_r * keep_scale, 0.0)
+            place = row[:, None] * D + n[None, :]
+            mask = inside[:, None] & (n < D)[None, :]
+            tl.store(dx_r_ptr + place, dx_r.to(dx_r_ptr.dtype.element_ty), mask=mask)
+    if seed_ptr is not None:
+        dA = dA * keep_scale
+    tl.store(dA_ptr + c[None, :] * D + n[:, None], dA, mask=(n < D)[:, None] & (c < R)[None, :])
+    if WANT_b_A:
+        if block == 0:
+            tl.store(db_A_ptr + c, db_A, mask=c < R)
+
+
+@triton.jit(do_not_specialize=["M", "S", "T", "rows_per_split", "splits", "visual", "threshold"])
 def weight_partials(
-    x_ptr, dx_t_ptr, x_r_ptr, dx_v_ptr, dy_ptr, z_ptr, seed_ptr, partial_ptr,
-    M, S, rows_per_split, splits, visual, threshold, keep_scale,
+    x_ptr, dx_t_ptr, x_r_ptr, dx_v_ptr, pairs_ptr, A_ptr, dx_r_ptr, dy_ptr, z_ptr, seed_ptr,
+    offsets_ptr, partial_ptr, M, S, T, rows_per_split, splits, visual, threshold, keep_scale,
     D: tl.constexpr, N: tl.constexpr, LDY: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
-    RANK_PAD: tl.constexpr, SEGMENTS: tl.constexpr, WANT_A: tl.constexpr, WANT_b_A: tl.constexpr,
-    WANT_B: tl.constexpr, WANT_b_B: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    RANK_PAD: tl.constexpr, SEGMENTS: tl.constexpr, ROW_BLOCK: tl.constexpr,
+    WANT_A: tl.constexpr, WANT_b_A: tl.constexpr, WANT_B: tl.constexpr, WANT_b_B: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """K3: one split's part of dA = dx_tᵀ x̂ + dx_vᵀ x̂_r, dB = dyᵀ z and the bias gradients.
 
     Grid (column blocks, splits + visual). The first column blocks are those of x (and x_r, for the
     visual splits), then those of each adapted segment of dy. Bytes: x and dy once, dx_t and z once
     a column block; the workspace once.
+
+    The visual splits read dx_v, or, where `pairs` is given, sum it up from K2's partial sums
+    (pairs, R), and make dx_r from it where that is wanted.
     """
     RANK: tl.constexpr = R // len(SEGMENTS)
     A_BLOCKS: tl.constexpr = tl.cdiv(D, BN) if WANT_A else (1 if WANT_b_A else 0)
     B_BLOCKS: tl.constexpr = tl.cdiv(N, BN)
     A_SIZE: tl.constexpr = R * D if WANT_A else 0
     B_SIZE: tl.constexpr = len(SEGMENTS) * N * RANK if WANT_B else 0
+    SAMPLES: tl.constexpr = BM if BM < MOST_SAMPLES else MOST_SAMPLES
     block, split = tl.program_id(0), tl.program_id(1)
     all_splits = (splits + visual).to(tl.int64)
     dB_ptr = partial_ptr + all_splits * A_SIZE
@@ -140,10 +202,17 @@ def weight_partials(
         elif x_r_ptr is not None:
             start = (split - splits) * rows_per_split
             stop = tl.minimum(start + rows_per_split, S)
-            down_weights(
-                x_r_ptr, dx_v_ptr, seed_ptr, dA_ptr, db_A_ptr, start, stop, threshold, keep_scale,
-                block, D, R, R_PAD, WANT_A, WANT_b_A, 1, PRECISION, BM, BN,
-            )  # fmt: skip
+            if pairs_ptr is not None:
+                image_weights(
+                    x_r_ptr, pairs_ptr, A_ptr, dx_r_ptr, seed_ptr, offsets_ptr, dA_ptr, db_A_ptr,
+                    start, stop, T, threshold, keep_scale, block,
+                    D, R, R_PAD, ROW_BLOCK, WANT_b_A, PRECISION, SAMPLES, BN,
+                )  # fmt: skip
+            else:
+                down_weights(
+                    x_r_ptr, dx_v_ptr, seed_ptr, dA_ptr, db_A_ptr, start, stop, threshold,
+                    keep_scale, block, D, R, R_PAD, WANT_A, WANT_b_A, 1, PRECISION, BM, BN,
+                )  # fmt: skip
     elif WANT_B or WANT_b_B:
         if split < splits:
             i = (block - A_BLOCKS) // B_BLOCKS

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tile_tables import launched, tiles
 from torch import Tensor
 
 from bench import formula, measure, profile, protocol, providers, results, run
@@ -73,7 +74,8 @@ def test_plain_lora_is_in_every_grid_with_a_base() -> None:
     assert "adapter" in (providers.obstacle("peft", TINY, CPU) or "")
     assert "GPU" in (providers.obstacle("fused", TINY, CPU) or "")
     assert "base" in (providers.obstacle("fused-p1", TINY, CPU) or "")
-    assert not any("fused-p1" in names for names in run.DEFAULT_PROVIDERS.values())
+    for name in ("fused-p1", "fused-apart"):
+        assert not any(name in names for names in run.DEFAULT_PROVIDERS.values())
 
 
 @pytest.mark.interpret
@@ -88,6 +90,20 @@ def test_the_kernels_by_one_plan(host: str) -> None:
     with mock.patch.object(providers, "routed_linear") as called:
         PROVIDERS["fused-p1"].make(operands).forward()
     assert called.call_args.kwargs["plan"] == "p1"
+
+
+@pytest.mark.interpret
+def test_the_kernels_with_and_without_launches_of_the_image() -> None:
+    pytest.importorskip("triton")
+    operands = Operands.of_case(TINY, CPU)
+    launches = {}
+    with tiles(image="along"):
+        for name in ("fused", "fused-apart", "fused"):
+            subject = PROVIDERS[name].make(operands)
+            with launched() as kernels:
+                assert Gate(operands).worst(name, subject.results()) is not None
+            launches[name] = len(kernels)
+    assert launches == {"fused": 4, "fused-apart": 6}
 
 
 @pytest.mark.slow

@@ -309,7 +309,7 @@ def test_row_offsets_beyond_two_to_the_31() -> None:
     plan = ops.plan_for(f, t)
     sizes = plan.sizes(M, 1, 0)
     with last_blocks_only():
-        tensors = (x, A, None, None, None, B, None, x, y, None, None, None, None)
+        tensors = (x, None, A, None, None, None, B, None, x, y, *[None] * 5)
         plan.routed_forward(sizes, False, tensors, 1.0)
         plan.project(x, A, None, None, x_t, "x_h")
     tail = x[-40:].double()

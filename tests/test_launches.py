@@ -1,13 +1,17 @@
 """What a call launches and keeps for its backward, beside what eager torch does for the same."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 
 pytest.importorskip("triton")
 
 
+from tile_tables import fresh_plans
+
 from bench.offline.launches import LAYERS, R, S, T, cost
+from fused_route import ops
 
 pytestmark = pytest.mark.interpret
 
@@ -60,3 +64,13 @@ def test_dropout_is_one_launch_and_a_seed(name: str) -> None:
 @pytest.mark.parametrize("name", ["adapter", "linear", "qkv, 2 of 3"])
 def test_modules_launch_what_functions_do(name: str) -> None:
     assert cost(LAYERS[name], "module")[:2] == cost(LAYERS[name], "ours")[:2]
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "visual tokens" not in name])
+def test_few_rows_on_compute_capability_9_are_two_launches_less(name: str) -> None:
+    """K1 makes x_v and K3 sums up its gradient; P3's own kernels leave K0 where it is."""
+    (forward, backward), saved, _, _ = EXPECTED[name]
+    with mock.patch.object(ops, "major_of", lambda device: 9), fresh_plans():
+        ours = cost(LAYERS[name], "ours")
+    before = 0 if "P3" in name else 1
+    assert ours.launches == (forward - before, backward - 1) and ours.saved == saved

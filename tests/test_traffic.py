@@ -11,7 +11,7 @@ import pytest
 import torch
 from interpreter import LINE, Moved, Traffic
 from kernel_cases import P
-from tile_tables import fresh_plans
+from tile_tables import fresh_plans, tiles
 from torch import Tensor
 
 from fused_route import Route, Routing, rank1, routed_adapter, routed_linear
@@ -140,6 +140,7 @@ class Case:
     R: int
     drops: bool = False
     dtype: torch.dtype = torch.bfloat16
+    image: str = "apart"  # of the tiles
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -163,6 +164,14 @@ class Case:
         return BYTES * M * D, BYTES * M * self.g * self.n, BYTES * M * self.R
 
     @property
+    def owns_image(self) -> bool:
+        return self.mix in ("shift", "scale", "rank1")
+
+    @property
+    def is_along(self) -> bool:
+        return self.owns_image and self.image == "along"
+
+    @property
     def operand(self) -> int:
         """Bytes of a vector operand, or of K."""
         C = self.R // self.g
@@ -179,7 +188,7 @@ class Case:
 
         x, x_r = leaf(S, T, D), leaf(S, Nv, D)
         A, B = leaf(self.R, D, scale=D**-0.5), leaf(self.g * self.n, self.R // self.g)
-        with traffic() as seen:
+        with tiles(image=self.image), traffic() as seen:
             if self.host == "adapter":
                 y = routed_adapter(x, A, B, x_r, b_A=leaf(self.R), b_B=leaf(D), **named)
             else:
@@ -208,7 +217,7 @@ def weights(case: Case) -> dict[str, int]:
 
 
 def operands(case: Case) -> dict[str, int]:
-    """What K1 and K2 read of the image."""
+    """What K2, and K1 where it does not make x_v, reads of the image."""
     names = {"identity": (), "rank1": ("u=w",), "rank1_operand": ("u", "w")}.get(case.mix, ("w",))
     return {f"{name}:ld": case.operand for name in names}
 
@@ -216,7 +225,11 @@ def operands(case: Case) -> dict[str, int]:
 def forward(case: Case) -> dict[str, dict[str, int]]:
     """K1; by P3 as far as the bottleneck, then the product."""
     X, Y, H = case.XYH
-    moved = {f"{name}:ld": size for name, size in weights(case).items()} | operands(case)
+    moved = {f"{name}:ld": size for name, size in weights(case).items()}
+    if case.is_along:
+        moved |= {"x_r:ld": BYTES * S * D, "x_v:st": case.operand}
+    else:
+        moved |= operands(case)
     if case.is_p3:
         B = moved.pop("B:ld")
         z = {**moved, "x:ld": X, "x_t:st": H, "z:st": H, "seed:ld": case.drops and 8}
@@ -281,6 +294,8 @@ def operand_gradients(case: Case) -> dict[str, dict[str, int]]:
         return {}
     if case.mix == "matrix":
         return {"matrix_gradient": {"x_t:ld": H, "dz:ld": H, "dK:st": case.operand}}
+    if case.is_along:  # K3 does it
+        return {}
     partial = pairs(case, case.seen["routed_backward"].rows)
     if case.mix == "rank1_operand":
         return {"vector_gradient": {"partial:ld": 2 * partial, "out:st": 2 * case.operand}}
@@ -292,11 +307,17 @@ def operand_gradients(case: Case) -> dict[str, dict[str, int]]:
 def weight_gradients(case: Case) -> dict[str, dict[str, int]]:
     """K3 and K4. At these sizes the rows make one split, and those of x_r one more."""
     X, Y, H = case.XYH
-    owns_image = case.mix in ("shift", "scale", "rank1")
-    image = {"x_r:ld": BYTES * S * D, "dx_v:ld": case.operand} if owns_image else {}
+    image = {"x_r:ld": BYTES * S * D, "dx_v:ld": case.operand} if case.owns_image else {}
+    if case.is_along:
+        image = {
+            "x_r:ld": BYTES * S * D,
+            "pairs:ld": pairs(case, case.seen["routed_backward"].rows),
+            "A:ld": weights(case)["A"],
+            "dx_r:st": BYTES * S * D,
+        }
     dy = {"x:ld": X, "dx_t:ld": H, "dy:ld": Y, "z:ld": H, "seed:ld": case.drops and 8}
     sizes = weights(case)
-    splits = {name: 2 if owns_image and name in ("A", "b_A") else 1 for name in sizes}
+    splits = {name: 2 if case.owns_image and name in ("A", "b_A") else 1 for name in sizes}
     partial = sum(size * splits[name] for name, size in sizes.items()) // BYTES * SUMS
     return {
         "weight_partials": used({**dy, **image, "partial:st": partial}),
@@ -308,8 +329,8 @@ def weight_gradients(case: Case) -> dict[str, dict[str, int]]:
 
 
 def image(case: Case) -> dict[str, dict[str, int]]:
-    """K0, where the kernels compute x_v."""
-    if case.mix not in ("shift", "scale", "rank1"):
+    """K0, where the kernels compute x_v, and K1 does not."""
+    if not case.owns_image or case.is_along:
         return {}
     moved = {f"{name}:ld": size for name, size in weights(case).items() if name in ("A", "b_A")}
     moved |= {"x:ld": BYTES * S * D, "out:st": case.operand, "seed:ld": case.drops and 8}
@@ -325,6 +346,11 @@ CASES = [
 CASES += [Case(host, mix, 16, drops=True) for host in ("adapter", "qkv") for mix in ROUTES]
 CASES += [Case("given", mix, 64) for mix in ROUTES]
 CASES += [Case("adapter", "scale", 64, dtype=torch.float16)]
+CASES += [
+    Case(host, mix, R, drops=drops, image="along")
+    for mix in ("shift", "scale", "rank1")
+    for host, R, drops in (("adapter", 16, True), ("linear", 64, False), ("qkv", 128, False))
+]
 CASES += [Case("linear_p3", mix, 64) for mix in ROUTES]
 CASES += [Case("qkv_p3", mix, R, drops=drops) for mix in ("scale", "matrix")
           for R, drops in ((16, True), (128, False))]  # fmt: skip
@@ -333,8 +359,9 @@ CASES += [Case("qkv_p3", mix, R, drops=drops) for mix in ("scale", "matrix")
 def requested(case: Case, kernel: str) -> dict[str, int]:
     """How often tensors are asked for, from the L2 cache if not from memory: A and B by everyone.
 
-    K1 of an adapter comes back to x as its base, K2 to x_t for the operand's gradient. With few
-    rows every part of K1's columns reads x and A, and all of a block's parts B once. Every column
+    K1 of an adapter comes back to x as its base, K2 to x_t for the operand's gradient. Where K1
+    makes x_v, each row comes for its own sample of x_r. With few rows every part of K1's columns
+    reads x and A, and all of a block's parts B once. Every column
     tile of P3's product comes back to x and, where it is adapted, to z; every row block to W.
     """
     if kernel.startswith("extended_product"):
@@ -348,13 +375,13 @@ def requested(case: Case, kernel: str) -> dict[str, int]:
         return {"x:ld": 1, "dy:ld": 1} if kernel == "weight_partials" else {}
     programs, parts = case.seen[kernel].programs, case.seen[kernel].parts
     again = case.mix not in ("identity", "matrix")
-    of_rows = {"x:ld": parts, "x=base:ld": parts + 1, "y=base:ld": 1}
+    of_rows = {"x:ld": parts, "x=base:ld": parts + 1, "y=base:ld": 1, "x_r:ld": parts * T}
     of_rows |= {"dy:ld": 1, "dy=base:ld": 2, "dx=base:ld": 1, "x_t:ld": 1 + again}
     return {**of_rows, "A:ld": programs, "B:ld": programs // parts}
 
 
 def case_id(case: Case) -> str:
-    drops = ["drops"] if case.drops else []
+    drops = [*(["drops"] if case.drops else []), *(["along"] if case.image == "along" else [])]
     return "-".join([case.host, case.mix, str(case.R), *drops, str(case.dtype)[6:]])
 
 

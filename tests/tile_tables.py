@@ -1,4 +1,4 @@
-"""The library with other tiles, for tests in Triton's interpreter."""
+"""The library with other tiles, and what it launches, for tests in Triton's interpreter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +7,7 @@ from unittest import mock
 
 from fused_route import known, ops
 from fused_route.kernels import config
+from fused_route.kernels.launch import Launch
 
 
 @contextmanager
@@ -34,3 +35,17 @@ def fresh_plans() -> Iterator[None]:
         ops._plan.cache_clear()
         yield
     ops._plan.cache_clear()
+
+
+@contextmanager
+def launched() -> Iterator[list[str]]:
+    """The kernels of this block, in order."""
+    names: list[str] = []
+    launch = Launch.__call__
+
+    def noted(self: Launch, *given: Any) -> None:
+        names.append(self.kernel.fn.__name__)
+        launch(self, *given)
+
+    with mock.patch.object(Launch, "__call__", noted):
+        yield names
