@@ -2,8 +2,8 @@
 
 A candidate for a cell of the table must pass the gates on this chip and give results as good as
 eager torch's; then it is timed. What is found goes at once into a log, one JSON object a line,
-which a later run continues. A tile that would replace the table's is compiled for all other chips
-too, since the table serves them all.
+which a later run continues. A tile that would replace the table's, in `TUNED` for GPUs of this
+compute capability, is compiled with the other dtypes of its row too.
 """
 
 import json
@@ -14,7 +14,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from hashlib import sha256
 from itertools import product, zip_longest
 from pathlib import Path
@@ -43,7 +43,7 @@ from fused_route.kernels.config import Tile
 
 GAIN = 0.03  # a tile that is faster by no more than this, or than the spread, replaces none
 
-LINE = {"kernel", "R_PAD", "numbers", "tile", "chip", "faults", "times", "device", "code"}
+LINE = {"kernel", "R_PAD", "numbers", "tile", "chip", "dtypes", "faults", "times", "device", "code"}
 
 Times = dict[str, list[float]]
 Chosen = dict[Cell, tuple[Tile, Tile]]
@@ -72,29 +72,30 @@ class Tools:
     timer: Callable[[Cell, Tile], Times] = time_on_gpu
 
 
-def candidates(kernel: str, R_PAD: int, size: int, most: int = 40) -> list[Tile]:
+def candidates(cell: Cell, most: int = 40) -> list[Tile]:
     """Tiles around the table's two, those first, then the ones with the fewest changes.
 
     Each of BM, BN and warps halved or doubled, a stage more or less, with and without a limit of
     registers; left out is what holds over twice the accumulators a thread that the table's do.
     """
-    own = config.TILES[kernel][R_PAD, size]
-    limit = 2 * max(accumulators(kernel, R_PAD, tile) for tile in own)
+    kernel, R_PAD = cell.kernel, cell.R_PAD
+    limit = 2 * max(accumulators(kernel, R_PAD, tile) for tile in cell.present)
     changes: dict[Tile, int] = {}
-    for t in own:
+    for t in cell.present:
         limits = dict.fromkeys((t.registers, None))
         for BM, BN, warps, stage, registers in product(
             (2, 1, 4), (2, 1, 4), (2, 1, 4), (0, -1, 1), limits
         ):  # halves of the present sizes
-            tile = Tile(
-                t.BM * BM // 2, t.BN * BN // 2, t.warps * warps // 2, t.stages + stage, registers
-            )
-            sizes = 16 <= tile.BM <= 128 and 16 <= tile.BN <= 128
-            if not (sizes and 2 <= tile.warps <= 8 and 1 <= tile.stages <= 4):
+            changed = (BM != 2) + (BN != 2) + (warps != 2) + (stage != 0)
+            changed += registers != t.registers
+            tile = replace(
+                t, BM=t.BM * BM // 2, BN=t.BN * BN // 2, warps=t.warps * warps // 2,
+                stages=t.stages + stage, registers=registers, spills=0 if changed else t.spills,
+            )  # fmt: skip
+            sizes = 16 <= tile.BM <= 128 and 16 <= tile.BN <= 256
+            if not (sizes and 2 <= tile.warps <= 8 and 1 <= tile.stages <= 5):
                 continue
             if accumulators(kernel, R_PAD, tile) <= limit:
-                changed = (BM != 2) + (BN != 2) + (warps != 2) + (stage != 0)
-                changed += registers != t.registers
                 changes[tile] = min(changed, changes.get(tile, changed))
     return sorted(changes, key=changes.__getitem__)[:most]
 
@@ -150,7 +151,7 @@ class Log:
         """Appends a record, so that it outlives this process."""
         job = record.job
         line = {
-            **job.cell._asdict(), "tile": astuple(job.tile), "chip": job.chip,
+            **job.cell._asdict(), "tile": astuple(job.tile), "chip": job.chip, "dtypes": job.dtypes,
             "faults": record.faults, "times": record.times, "device": self.device,
             "code": self.code, "triton": triton.__version__,
         }  # fmt: skip
@@ -171,15 +172,13 @@ class Log:
 def read(line: dict[str, Any]) -> Record:
     """The record of a line."""
     cell = Cell(line["kernel"], line["R_PAD"], line["numbers"])
-    return Record(Job(cell, Tile(*line["tile"]), line["chip"]), line["faults"], line["times"])
+    job = Job(cell, Tile(*line["tile"]), line["chip"], line["dtypes"])
+    return Record(job, line["faults"], line["times"])
 
 
 def jobs(cells: Sequence[Cell], chip: int | str) -> list[Job]:
     """All candidates: each cell's first, then each cell's second, so that any budget helps all."""
-    by_cell = [
-        [Job(cell, tile, chip) for tile in candidates(cell.kernel, cell.R_PAD, cell.size)]
-        for cell in cells
-    ]
+    by_cell = [[Job(cell, tile, chip) for tile in candidates(cell)] for cell in cells]
     return [job for turn in zip_longest(*by_cell) for job in turn if job is not None]
 
 
@@ -224,12 +223,12 @@ def choose(records: Sequence[Record]) -> Chosen:
     """By cell the fastest sound tiles, for few rows and for many: the table's where none is faster.
 
     Faster is faster by more than `GAIN` and than the spread of the two between a fifth and four
-    fifths of their times. A tile with a fault on any chip is out; the table's stays, too, where it
-    was not measured itself.
+    fifths of their times. A tile with a fault in any dtype of its row is out; the table's stays,
+    too, where it was not measured itself.
     """
     rejected = {(record.job.cell, record.job.tile) for record in records if record.faults}
     by_cell: dict[Cell, dict[Tile, Times]] = {}
-    for (cell, tile, _), _, times in records:
+    for (cell, tile, *_), _, times in records:
         sound = by_cell.setdefault(cell, {})
         if times and (cell, tile) not in rejected:
             sound[tile] = times
@@ -253,9 +252,10 @@ def fastest(times: dict[Tile, list[float]], present: Tile, is_rejected: bool) ->
 
 
 def unconfirmed(chosen: Chosen, log: Log) -> list[Job]:
-    """Tiles that would enter the table and have not been compiled for all chips."""
+    """Tiles that would enter the table and have not been compiled with all dtypes of the row."""
+    chips = {record.job.cell: record.job.chip for record in log.records}
     entering = [
-        Job(cell, tile, "all")
+        Job(cell, tile, chips[cell], "row")
         for cell, tiles in chosen.items()
         for tile in dict.fromkeys(tiles)
         if tile not in cell.present
@@ -267,7 +267,7 @@ def unconfirmed(chosen: Chosen, log: Log) -> list[Job]:
 def confirmed(
     log: Log, cells: Sequence[Cell], tools: Tools, is_over: Callable[[], bool] = lambda: False
 ) -> tuple[Chosen, int]:
-    """What is chosen, of tiles that were compiled for all chips, or are the table's already.
+    """What is chosen, of tiles compiled with all dtypes of the row, or the table's already.
 
     The number counts faster tiles that were left out because the time was over.
     """
@@ -277,7 +277,7 @@ def confirmed(
 
     while (open_jobs := unconfirmed(chosen(), log)) and not is_over():
         with closing(tools.gate(open_jobs)) as verdicts:
-            for job in tqdm(open_jobs, desc="compiling winners for all chips", unit="tile"):
+            for job in tqdm(open_jobs, desc="compiling winners", unit="tile"):
                 if is_over():
                     break
                 log.add(Record(job, next(verdicts), {}))
@@ -294,10 +294,14 @@ def confirmed(
 
 def written(tile: Tile) -> str:
     """A tile as config.py has it."""
-    values, unsaid = list(astuple(tile)), list(astuple(Tile(0, 0, 0, 0)))
-    while values[-1] == unsaid[len(values) - 1]:
-        values.pop()
-    return f"Tile({', '.join(map(repr, values))})".replace("'", '"')
+    sizes = [tile.BM, tile.BN, tile.warps, tile.stages]
+    limit = [] if tile.registers is None else [tile.registers]
+    named = [
+        f"{field.name}={getattr(tile, field.name)!r}"
+        for field in fields(tile)[5:]
+        if getattr(tile, field.name) != field.default
+    ]
+    return f"Tile({', '.join([*map(repr, [*sizes, *limit]), *named])})".replace("'", '"')
 
 
 def table(chosen: Chosen) -> str:
@@ -389,7 +393,7 @@ def main(arguments: Namespace, tools: Tools | None = None) -> int:
         print(f"next: python -m bench tune --out {log.path} again, {open_jobs} tiles are left")
     else:
         print(
-            "next: these rows into kernels/config.py, of TUNED where it has the cell for this GPU, "
+            "next: these rows into kernels/config.py, TUNED of this GPU's compute capability, "
             "then python -m bench gates"
         )
     return 0
