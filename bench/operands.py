@@ -27,7 +27,7 @@ class Layer:
         Nv: visual tokens.
         dropout, recompute: as in `routed_linear`.
         trains_image: whether x_r wants a gradient.
-        plan: of the functions, for a base that the operation owns; modules choose it themselves.
+        plan: of a base that the operation owns.
     """
 
     host: str
@@ -124,7 +124,8 @@ class Operands:
             base = nn.Linear(d, self.of * d).requires_grad_(False)
             base.weight.data, base.bias.data = self.weight, self.bias
             alpha = S_SCALE * self.r
-            made = RoutedLinear(base, self.r, alpha, adapted=self.adapted, of=self.of, **named)
+            named |= {"adapted": self.adapted, "of": self.of, "plan": layer.plan}
+            made = RoutedLinear(base, self.r, alpha, **named)
         made.A, made.B = nn.Parameter(self.A), nn.Parameter(self.B)
         made.context.set(RoutingInput(self.x_r))
         return made

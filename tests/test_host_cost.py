@@ -18,12 +18,15 @@ TRIES = 3  # other processes disturb any one of them
 # At most these shares of eager torch's time. All are to be 0.6, and not all are: torch's C++ gains
 # more from a faster CPU than the Python of a launch. Of the shortest chain by hand an adapter took
 # 0.58 on one machine and 0.75 on another (its module 0.80), a linear layer, whose base is one of
-# the chain's seven calls, 0.97 and 0.98 (1.02 and 1.07). What holds on both is bounded, so that it
-# gets no worse.
+# the chain's seven calls, 0.97 and 0.98 (1.02 and 1.07). Of the library's eager torch the module of
+# a linear layer takes 0.65 to 0.72, by day. What holds is bounded, so that it gets no worse.
 LIMITS = {
     ("adapter", "reference"): 0.6, ("adapter", "by hand"): 0.85,
-    ("linear", "reference"): 0.7, ("linear", "by hand"): 1.1,
+    ("linear", "reference"): 0.75, ("linear", "by hand"): 1.1,
+    ("linear, P3", "reference"): 0.75, ("linear, P3", "by hand"): 1.1,
 }  # fmt: skip
+# The forward and the backward product of P3 are one kernel.
+KERNELS = {"adapter": 6, "linear": 6, "linear, P3": 7}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,7 +59,7 @@ def test_launches_cost_less_than_tritons_own(host: str) -> None:
         if max(shares.values()) <= host_cost.LAUNCH_LIMIT:
             break
     assert max(shares.values()) <= host_cost.LAUNCH_LIMIT, shares
-    assert len(shares) == 6
+    assert len(shares) == KERNELS[host]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -66,9 +69,9 @@ def test_a_model_compiles_few_kernels(dropout: float) -> None:
         first_call.compiled(partial(first_call.train, model, shapes))
         for shapes in ((first_call.FEW,), (first_call.MANY,), first_call.OTHERS)
     )
-    # K0, K1, K2, operand gradients, K3 and K4 for two kinds of layers. Few and many rows share K4,
-    # and K3, whose tile at R = 16 and 32 is one.
-    assert (len(few), len(many), len(few & many)) == (12, 12, 4)
+    # K0, K1, K2, operand gradients, K3 and K4 for two kinds of layers. Few and many rows share K0 of
+    # the image, K4, and K3, whose tile at R = 16 and 32 is one.
+    assert (len(few), len(many), len(few & many)) == (12, 12, 6)
     assert others == few | many
 
 

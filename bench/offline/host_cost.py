@@ -23,7 +23,9 @@ from fused_route.kernels.config import compiler_options
 from fused_route.kernels.launch import Launch
 
 S, T, D, R = 2, 2, 16, 4  # fp32
-HOSTS = ("adapter", "linear")
+HOSTS = {
+    "adapter": Layer("adapter"), "linear": Layer("linear"), "linear, P3": Layer("linear", plan="p3"),
+}  # fmt: skip
 # "reference" is the library's own eager torch; "by hand" the fewest calls that give the same.
 WAYS = ("ours", "module", "reference", "by hand")
 LAUNCH_LIMIT = 0.25
@@ -61,7 +63,7 @@ def best(
 
 def operands(host: str) -> Operands:
     """Tiny ones, with one visual vector without gradient."""
-    return Operands(Layer(host), S, T, D, R)
+    return Operands(HOSTS[host], S, T, D, R)
 
 
 def passes(host: str) -> dict[str, float]:
