@@ -26,6 +26,8 @@ from fused_route import coverage, known, ops, plan, routed_linear
 
 Make = Callable[[Operands], Subject]
 
+MANY_ROWS = 8192  # of kernels/config.py, which needs Triton
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -176,6 +178,8 @@ def obstacle(name: str, case: Case, device: torch.device) -> str | None:
         return "peft is not installed"
     if name == "matmul-order" and (case.route not in MIXED or case.dropout > 0.0):
         return "written for five routes, without dropout"
+    if name == "fused-apart" and case.S * case.T >= MANY_ROWS:
+        return "with many rows the image's launches are apart anyway"
     pairs = case.Nv > 1 and case.route in ("add", "mul", "expand")
     if name in ("published", "matmul-order") and pairs:
         return "written for one visual token there"

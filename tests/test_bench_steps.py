@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+from argparse import ArgumentParser
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import measure, models, protocol, report, results, run, vision
-from bench.__main__ import main
+from bench import generation, measure, models, protocol, report, results, run, vision
+from bench.__main__ import COMMANDS, main
 from bench.cases import FEATURES, GRIDS, Case, grid
 from bench.families import MODELS
 from bench.figures import labels
@@ -269,25 +270,42 @@ def test_few_of_many_cases_without_time_are_named() -> None:
     assert line.endswith("case5, …")
 
 
-def test_the_script_measures_the_grid_of_steps(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With a program in Python's place that notes what it is told."""
+def told_by_the_script(part: str, tmp_path: Path) -> list[str]:
+    """What `bench/gpu.sh` asks for, by a program in Python's place that notes it."""
     stub = tmp_path / "python"
     stub.write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(tmp_path / "told"))}\n')
     stub.chmod(0o755)
     folders = {"WORK": str(tmp_path / "work"), "OUT": str(tmp_path / "out")}
     env = {**os.environ, **folders, "PYTHON": str(stub), "DEVICE": "cpu"}
     done = subprocess.run(
-        ["bash", str(TOP / "bench/gpu.sh"), "steps"], env=env, capture_output=True, text=True
+        ["bash", str(TOP / "bench/gpu.sh"), part], env=env, capture_output=True, text=True
     )
-    assert done.returncode == 0 and "steps (at most 150 s)" in done.stdout, done
+    assert done.returncode == 0 and f"{part} (at most " in done.stdout, done
     module, name, *told = shlex.split((tmp_path / "told").read_text())
     assert (module, name) == ("-m", "bench")
+    return told
+
+
+def test_the_script_measures_the_grid_of_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = told_by_the_script("steps", tmp_path)
     assert main([*told, "--list"]) == 0
     said = capsys.readouterr().out
     assert f"{len(grid('steps'))} cases" in said and "compile" in said
     assert told[told.index("--last") + 1] == "compile"
+
+
+@pytest.mark.parametrize("part", ["memory", "generate"])
+def test_the_script_asks_for_what_there_is(part: str, tmp_path: Path) -> None:
+    name, *told = told_by_the_script(part, tmp_path)
+    parser = ArgumentParser(exit_on_error=False)
+    COMMANDS[name].add_arguments(parser)
+    arguments = parser.parse_args(told)
+    assert (name, arguments.device) == (part, "cpu")
+    assert arguments.out.parent == tmp_path / "work"
+    if part == "generate":
+        assert len(generation.chosen(arguments)) > 1 and 30 < arguments.budget < 100
 
 
 def test_tensors_of_a_cached_step_have_its_dtype() -> None:

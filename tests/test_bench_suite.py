@@ -74,6 +74,9 @@ def test_plain_lora_is_in_every_grid_with_a_base() -> None:
     assert "adapter" in (providers.obstacle("peft", TINY, CPU) or "")
     assert "GPU" in (providers.obstacle("fused", TINY, CPU) or "")
     assert "base" in (providers.obstacle("fused-p1", TINY, CPU) or "")
+    for M, why in ((8_192, "anyway"), (2_000, "GPU")):
+        case = op("adapter", "mul", 768, 64, M)
+        assert why in (providers.obstacle("fused-apart", case, CPU) or "")
     for name in ("fused-p1", "fused-apart"):
         assert not any(name in names for names in run.DEFAULT_PROVIDERS.values())
 
@@ -95,6 +98,9 @@ def test_the_kernels_by_one_plan(host: str) -> None:
 @pytest.mark.interpret
 def test_the_kernels_with_and_without_launches_of_the_image() -> None:
     pytest.importorskip("triton")
+    from fused_route.kernels import config
+
+    assert providers.MANY_ROWS == config.MANY_ROWS
     operands = Operands.of_case(TINY, CPU)
     launches = {}
     with tiles(image="along"):

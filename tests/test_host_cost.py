@@ -69,8 +69,8 @@ def test_a_model_compiles_few_kernels(dropout: float) -> None:
         first_call.compiled(partial(first_call.train, model, shapes))
         for shapes in ((first_call.FEW,), (first_call.MANY,), first_call.OTHERS)
     )
-    # K0, K1, K2, operand gradients, K3 and K4 for two kinds of layers. Few and many rows share K0 of
-    # the image, K4, and K3, whose tile at R = 16 and 32 is one.
+    # K0, K1, K2, operand gradients, K3 and K4 for two kinds of layers. Few and many rows share K0
+    # of the image, K4, and K3, whose tile at R = 16 and 32 is one.
     assert (len(few), len(many), len(few & many)) == (12, 12, 6)
     assert others == few | many
 

@@ -24,7 +24,8 @@ from fused_route.kernels.launch import Launch
 
 S, T, D, R = 2, 2, 16, 4  # fp32
 HOSTS = {
-    "adapter": Layer("adapter"), "linear": Layer("linear"), "linear, P3": Layer("linear", plan="p3"),
+    "adapter": Layer("adapter"), "linear": Layer("linear"),
+    "linear, P3": Layer("linear", plan="p3"),
 }  # fmt: skip
 # "reference" is the library's own eager torch; "by hand" the fewest calls that give the same.
 WAYS = ("ours", "module", "reference", "by hand")
