@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -111,23 +110,23 @@ def key_of(name: str, constants: dict[str, Any]) -> str | None:
 def overridden(cell: Cell, tile: Tile) -> Iterator[None]:
     """The library with this tile in this cell, for few and for many rows.
 
-    Where the image is made is not the cell's to choose: a launch that makes it takes longer, and
-    saves another. For the sake of "vectors" its sums stay apart.
+    For the sake of "vectors" sums of the image's gradient have a launch of their own.
     """
 
     def forget() -> None:  # what holds plans, and these hold tiles
         ops._plan.cache_clear()
         known._KNOWN.clear()
 
-    table = config.tile
+    table, image = config.tile, config.image
 
     def trial(kernel: str, R_PAD: int, size: int, many: bool, major: int | None = None) -> Tile:
-        present = table(kernel, R_PAD, size, many, major)
-        if (kernel, R_PAD, size) == (cell.kernel, cell.R_PAD, cell.size):
-            return replace(tile, image=present.image)
-        return replace(present, image="apart") if cell.kernel == "vectors" else present
+        is_this = (kernel, R_PAD, size) == (cell.kernel, cell.R_PAD, cell.size)
+        return tile if is_this else table(kernel, R_PAD, size, many, major)
 
-    with mock.patch.object(config, "tile", trial):
+    def where(major: int | None, size: int, many: bool) -> str:
+        return "apart" if cell.kernel == "vectors" else image(major, size, many)
+
+    with mock.patch.multiple(config, tile=trial, image=where):
         forget()
         try:
             yield
@@ -135,7 +134,7 @@ def overridden(cell: Cell, tile: Tile) -> Iterator[None]:
             forget()
 
 
-def cases(job: Job) -> list[gates.Case]:
+def cases(job: Job, rows: str) -> list[gates.Case]:
     """What the gates compile of a job: its kernel at the heaviest mixes, with dropout or not."""
     cell, found = job.cell, []
     x_t = "recomputed" if cell.kernel == "project" else "saved"
@@ -143,7 +142,7 @@ def cases(job: Job) -> list[gates.Case]:
         for mixes, d, p in (
             (gates.HEAVIEST, 768, 0.1), (gates.HEAVIEST[2:], 768, 0.0), (gates.HEAVIEST, 1000, 0.1)
         ):  # fmt: skip
-            layers = [Layer(*mix, cell.R_PAD, d, numbers, "few", p, x_t) for mix in mixes]
+            layers = [Layer(*mix, cell.R_PAD, d, numbers, rows, p, x_t) for mix in mixes]
             with overridden(cell, job.tile):
                 found += gates.unique(layers, (job.chip,))
     return [
@@ -154,12 +153,27 @@ def cases(job: Job) -> list[gates.Case]:
 
 
 def first_faults(job: Job) -> list[str]:
-    """What is wrong with the first of a job's cases that is not sound; empty if all are."""
-    for case in cases(job):
-        if faults := gates.check(case).faults:
-            where = f"{case.arch} {case.layer.mix} d={case.layer.d} {case.layer.numbers}"
-            return [f"{where}: {fault}" for fault in faults]
-    return []
+    """What is wrong with the first of a job's cases that is not sound, with few and with many rows.
+
+    A fault begins with the rows that it is of: kernels of few rows may do more.
+    """
+    found, known_faults = list[str](), dict[Any, list[str]]()
+    for rows in ROWS:
+        for case in cases(job, rows):
+            key = case.specialisation, case.arch
+            if key not in known_faults:
+                known_faults[key] = gates.check(case).faults
+            if known_faults[key]:
+                where = f"{case.arch} {case.layer.mix} d={case.layer.d} {case.layer.numbers}"
+                found += [f"{rows}: {where}: {fault}" for fault in known_faults[key]]
+                break
+    return found
+
+
+def faulty_rows(faults: Sequence[str]) -> set[str]:
+    """The rows that a tile is not for: those that its faults name, or all if they name none."""
+    named = {rows for rows in ROWS if any(fault.startswith(f"{rows}: ") for fault in faults)}
+    return named or (set(ROWS) if faults else set())
 
 
 def compiled(jobs: Sequence[Job]) -> Verdicts:
@@ -208,10 +222,14 @@ def expected(cell: Cell, sizes: tuple[int, int, int], device: str) -> tuple[dict
 def agree(
     cell: Cell, tile: Tile, sizes: tuple[int, int, int] = CHECKED, device: str = "cuda"
 ) -> None:
-    """Holds the layer with this tile to the errors of eager torch, or raises AssertionError."""
-    with overridden(cell, tile):
-        actual = results(cell, leaves(cell, *sizes, device), "triton")
-    assert_as_good_as_eager(actual, *expected(cell, sizes, device))
+    """Holds the layer with this tile to the errors of eager torch, or raises AssertionError.
+
+    By the kernels of few rows and by those of many, whatever the size.
+    """
+    for fewest in (2**31, 0):
+        with overridden(cell, tile), mock.patch.object(config, "MANY_ROWS", fewest):
+            actual = results(cell, leaves(cell, *sizes, device), "triton")
+        assert_as_good_as_eager(actual, *expected(cell, sizes, device))
 
 
 def captured(

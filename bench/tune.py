@@ -36,6 +36,7 @@ from bench.tile_trials import (
     agree,
     chip_of,
     compiled,
+    faulty_rows,
     time_on_gpu,
 )
 from fused_route.kernels import config
@@ -206,9 +207,9 @@ def measured(job: Job, faults: list[str], log: Log, tools: Tools) -> Record:
     A tile that breaks the GPU for this process is put down, so that the next run leaves it out.
     """
     try:
-        if not faults:
+        if len(faulty_rows(faults)) < len(ROWS):
             tools.agree(job.cell, job.tile)
-            return Record(job, [], tools.timer(job.cell, job.tile))
+            return Record(job, faults, tools.timer(job.cell, job.tile))
     except (AssertionError, OutOfResources) as error:
         faults = [f"{type(error).__name__}: {error}".splitlines()[0]]
     except torch.OutOfMemoryError:  # not the tile's fault
@@ -223,19 +224,27 @@ def choose(records: Sequence[Record]) -> Chosen:
     """By cell the fastest sound tiles, for few rows and for many: the table's where none is faster.
 
     Faster is faster by more than `GAIN` and than the spread of the two between a fifth and four
-    fifths of their times. A tile with a fault in any dtype of its row is out; the table's stays,
-    too, where it was not measured itself.
+    fifths of their times. A tile with a fault in any dtype of its row is out, for the rows that the
+    fault is of; the table's stays, too, where it was not measured itself.
     """
-    rejected = {(record.job.cell, record.job.tile) for record in records if record.faults}
-    by_cell: dict[Cell, dict[Tile, Times]] = {}
+    rejected = {
+        (record.job.cell, record.job.tile, rows)
+        for record in records
+        for rows in faulty_rows(record.faults)
+    }
+    timed: dict[Cell, dict[Tile, Times]] = {}
     for (cell, tile, *_), _, times in records:
-        sound = by_cell.setdefault(cell, {})
-        if times and (cell, tile) not in rejected:
-            sound[tile] = times
+        of_cell = timed.setdefault(cell, {})
+        if times:
+            of_cell[tile] = times
     chosen: Chosen = {}
-    for cell, sound in by_cell.items():
+    for cell, of_cell in timed.items():
         few, many = (
-            fastest({t: times[rows] for t, times in sound.items()}, tile, (cell, tile) in rejected)
+            fastest(
+                {t: of[rows] for t, of in of_cell.items() if (cell, t, rows) not in rejected},
+                tile,
+                (cell, tile, rows) in rejected,
+            )
             for rows, tile in zip(ROWS, cell.present, strict=True)
         )
         chosen[cell] = few, many

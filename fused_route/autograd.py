@@ -58,7 +58,9 @@ class Routed(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, longest: int, s: float, *tensors: Tensor | None) -> Tensor:
         t = all_readable(Inputs(*tensors))  # type: ignore[arg-type]
         needs = ctx.needs_input_grad[3:]
-        y, x_t, x_v = ops.forward(plan, t, longest, s, plan.f.x_t == "saved" and any(needs[:8]))
+        is_trained = any(needs[:8])
+        want_x_t = is_trained and plan.f.x_t == "saved"
+        y, x_t, x_v = ops.forward(plan, t, longest, s, want_x_t, is_trained)
         ctx.plan, ctx.longest, ctx.s = plan, longest, s
         ctx.save_for_backward(*kept_for_backward(t, x_t, x_v, needs))
         return y
@@ -94,7 +96,10 @@ def forward_op(
     """(y, x_t, x_v) of `ops.forward` for the Fusion with this text; x_t and x_v may be empty."""
     t = Inputs(x, x_r, u, w, A, b_A, B, b_B, weight, bias, base_out, seed, row_sample, offsets)
     t = all_readable(t)
-    y, x_t, x_v = ops.forward(ops.plan_for(Fusion.of_text(fusion), t), t, longest, s, want_x_t)
+    plan = ops.plan_for(Fusion.of_text(fusion), t)
+    y, x_t, x_v = ops.forward(plan, t, longest, s, want_x_t, True)
+    if x_v is not None:  # an output of an operator holds nothing by chance
+        x_v = ops.all_written(plan, t, x_v)
     x_t, x_v = _present((x_t, x_v), A)
     return y, x_t, x_v
 
@@ -208,4 +213,4 @@ def eager(plan: Plan, longest: int, s: float, t: Inputs) -> Tensor:
     """y by the Function, or by nothing around the launches where no gradient is recorded."""
     if torch.is_grad_enabled():
         return Routed.apply(plan, longest, s, *t)
-    return ops.forward(plan, all_readable(t), longest, s, False)[0]
+    return ops.forward(plan, all_readable(t), longest, s, False, False)[0]

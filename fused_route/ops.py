@@ -98,28 +98,41 @@ def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
 
 @on_its_device
 def forward(
-    plan: Plan, t: Inputs, longest: int, s: float, want_x_t: bool
+    plan: Plan, t: Inputs, longest: int, s: float, want_x_t: bool, want_x_v: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y (…, of·N), x_t (M, R) where it is wanted for the backward pass, and x_v (S, R) if owned."""
+    """y (…, of·N), and what was wanted for the backward pass: x_t (M, R), and x_v (S, R) if owned.
+
+    Where K1 makes x_v (`plan.is_along`) a row of a sample without rows of x is never written.
+    """
     f, R = plan.f, plan.R
     sizes = sizes_of(plan, t, t.x.numel() // plan.D, longest)
     by_p3 = extends(plan, t.weight)
-    makes_x_v = plan.makes_x_v and not by_p3
+    is_along = plan.is_along and not by_p3
     u, w, x_v = t.u, t.w, None
-    if f.image == "owned":
-        assert t.x_r is not None
+    if f.image == "owned" and (want_x_v or not is_along):
         x_v = t.A.new_empty(sizes.S, R)
-        if not makes_x_v:
-            plan.project(t.x_r, t.A, t.b_A, t.seed, x_v, "x_r")
-            u, w = _of_x_v(f, x_v)
+    if f.image == "owned" and not is_along:
+        assert t.x_r is not None and x_v is not None
+        plan.project(t.x_r, t.A, t.b_A, t.seed, x_v, "x_r")
+        u, w = _of_x_v(f, x_v)
     x_t = t.A.new_empty(sizes.M, R) if want_x_t else None
     if by_p3:
         return _extended_forward(plan, t, sizes, s, u, w, x_t), x_t, x_v
     y, base = _output(plan, t)
-    x_r, made = (t.x_r, x_v) if makes_x_v else (None, None)
+    x_r, made = (t.x_r, x_v) if is_along else (None, None)
     read = (t.x, x_r, t.A, t.b_A, u, w, t.B, t.b_B, base)
-    plan.routed_forward(sizes, want_x_t, (*read, y, x_t, made, t.seed, t.row_sample, t.offsets), s)
+    written = (y, x_t, made, t.seed, t.row_sample, t.offsets)
+    plan.routed_forward(sizes, (want_x_t, made is not None), (*read, *written), s)
     return y, x_t, x_v
+
+
+def all_written(plan: Plan, t: Inputs, x_v: Tensor) -> Tensor:
+    """x_v as `forward` returned it, with zeros for samples that have no rows of x."""
+    if not plan.is_along:
+        return x_v
+    if t.offsets is not None:
+        return torch.where(t.offsets.diff()[:, None] > 0, x_v, 0.0)
+    return x_v if t.x.numel() else x_v.zero_()
 
 
 def extends(plan: Plan, weight: Tensor | None) -> bool:
@@ -295,7 +308,7 @@ def _operand_gradients(
     if partial is None:
         return None, None, None, NO_IMAGE
     dx_r = torch.empty_like(t.x_r) if t.x_r is not None and wanted.x_r else None
-    if plan.sums_dx_v and wanted.A:
+    if plan.is_along and wanted.A:
         return None, None, dx_r, OfImage(pairs=partial, dx_r=dx_r)
     out = t.A.new_empty(partial.shape[0], sizes.S, plan.R)
     plan.vector_gradients(sizes, partial, out, t.A, dx_r, t.seed, t.offsets)

@@ -132,10 +132,7 @@ class Sums(NamedTuple):
 
 
 def _tiles(mix: str, R_PAD: int, size: int, many: bool, major: int | None) -> dict[str, Any]:
-    """The tile of each kernel; of K0 by what it projects, "x_h" or "x_r".
-
-    Of x_r those of few rows: it has one a sample, fewer than x by the length of a text.
-    """
+    """The tile of each kernel but K0."""
     tile = kernels().config.tile
     suffix = "_matrix" if mix == "matrix" else ""
     found = {
@@ -144,8 +141,6 @@ def _tiles(mix: str, R_PAD: int, size: int, many: bool, major: int | None) -> di
     for name in ("forward", "backward"):
         found[name] = tile(name + suffix, R_PAD, size, many, major)
     found["bottleneck"] = found["forward"]
-    for stream, is_many in (("x_h", many), ("x_r", False)):
-        found[stream] = tile("project", R_PAD, size, is_many, major)
     return found
 
 
@@ -176,16 +171,21 @@ class Plan:
         R_PAD = kernels().config.padded(R)
         self.tiles = _tiles(f.mix, R_PAD, dtype.itemsize, many, major)
         self.product_tile = kernels().config.product_tile(major, dtype.itemsize, many, f.products)
-        owns = f.image == "owned"
-        self.makes_x_v = owns and self.tiles["forward"].image == "along"
-        self.sums_dx_v = owns and self.tiles["weights"].image == "along"
+        along = kernels().config.image(major, dtype.itemsize, many) == "along"
+        self.is_along = f.image == "owned" and along
         bottleneck = {"D": D, "R": R, "R_PAD": R_PAD}
         self.to_segments = {"D": D, "N": N, "LDY": f.of * N, "R": R, "R_PAD": R_PAD}
         mix = {"MIX": f.mix, "U": f.u, "W": f.w, "FIRST": f.first, "G": f.groups}
         mix |= {"ACTIVATION": f.activation}
+        # By the rows that are projected: x_r has one a sample, x one a token.
         self.projects = {
-            stream: self._launch("project", {**bottleneck, "STREAM": i}, self.tiles[stream])
+            (stream, rows_many): self._launch(
+                "project",
+                {**bottleneck, "STREAM": i},
+                kernels().config.tile("project", R_PAD, dtype.itemsize, rows_many, major),
+            )
             for i, stream in enumerate(("x_h", "x_r"))
+            for rows_many in (False, True)
         }
         self._launch_routed({**self.to_segments, "SEGMENTS": f.segments, **mix}, x_dtype == dtype)
         self.bottleneck = self._launch("bottleneck", {**bottleneck, **mix})
@@ -281,11 +281,13 @@ class Plan:
         self._sizes[M, S, longest] = made
         return made
 
-    def routed_forward(self, sizes: Sizes, has_x_t: bool, tensors: Given, s: float) -> None:
-        """K1, its columns in parts where there are few rows; has_x_t: whether x_t is stored."""
+    def routed_forward(
+        self, sizes: Sizes, stored: tuple[bool, bool], tensors: Given, s: float
+    ) -> None:
+        """K1, its columns in parts where there are few rows; stored: whether x_t and x_v are."""
         grid = sizes.forward_grid
         launch = self.forward if grid[2] == 1 else self.forward_in_parts
-        launch(has_x_t, grid, tensors, (*sizes.rows, s))
+        launch(stored, grid, tensors, (*sizes.rows, s))
 
     def project(
         self,
@@ -298,8 +300,9 @@ class Plan:
     ) -> None:
         """K0: out (M, R) = x̂ Aᵀ + b_A."""
         M = out.shape[0]
-        grid = (cdiv(M, self.tiles[stream].BM), 1, 1)
-        self.projects[stream](None, grid, (x, A, b_A, seed, out), (M, *self.dropout))
+        launch = self.projects[stream, is_many(M)]
+        grid = (cdiv(M, launch.tile.BM), 1, 1)
+        launch(None, grid, (x, A, b_A, seed, out), (M, *self.dropout))
 
     def vector_gradients(
         self,
@@ -372,8 +375,8 @@ class Plan:
         }
         rank = {"RANK_PAD": config.padded(self.R // self.g), "SEGMENTS": self.f.segments}
         want = {f"WANT_{name}": getattr(wanted, name) for name in ("A", "b_A", "B", "b_B")}
-        # Where K3 does not read what K2 left of each pair, tiles of few and many rows may be one.
-        row_block = {"ROW_BLOCK": self.tiles["backward"].BM if self.sums_dx_v else 1}
+        # Where K3 does not need it, the same for few and many rows: they may share the kernel.
+        row_block = {"ROW_BLOCK": self.tiles["backward"].BM if self.is_along else 1}
         partials = self._launch("weights", {**self.to_segments, **rank, **row_block, **want})
         add = kernels().Launch(kernels().add, config.ADD, {**lengths, "BLOCK": config.ADD.BN})
         return partials, add, tuple(lengths.values())

@@ -26,8 +26,6 @@ class Tile:
     registers: how many of them a thread may have on NVIDIA, where the compiler's own choice is so
     few, for the sake of one more program, that it spills. residual: how the 16-bit residual of an
     adapter comes to the sum, "added" or "multiplied" with the unit matrix (`parts.plus_base`).
-    image: whether x_v (of K1) and the sums of its gradient (of K3) have launches of their own,
-    "apart", or are made by the kernel itself, "along" (for few rows: each program makes them anew).
     spills: how many the gates let pass, of a tile that was measured to be faster in spite of them.
     """
 
@@ -37,7 +35,6 @@ class Tile:
     stages: int
     registers: int | None = None
     residual: str = "added"
-    image: str = "apart"
     spills: int = 0
 
 
@@ -147,7 +144,7 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
 # they need not fit elsewhere: more stages, and wider steps with few rows, whose pipelines start and
 # end more often than they run. Measured on an H200 with 2,000 and 32,768 rows of d = 768: K1 to K3
 # from R = 64 on. Not timed: R = 16 and 32, "project", which is the first half of K1, and "vectors",
-# all four in the few rows' steps of R = 64 and up, and the image made "along" (decision 54).
+# all four in the few rows' steps of R = 64 and up (decision 54).
 TUNED: dict[int, dict[str, dict[tuple[int, int], tuple[Tile, Tile]]]] = {
     9: {
         "project": {
@@ -158,14 +155,14 @@ TUNED: dict[int, dict[str, dict[tuple[int, int], tuple[Tile, Tile]]]] = {
             (256, 2): (Tile(16, 128, 8, 2), TILES["project"][256, 2][1]),
         },
         "forward": {
-            (16, 2): (Tile(16, 256, 4, 4, image="along"), TILES["forward"][16, 2][1]),
-            (32, 2): (Tile(16, 256, 4, 4, image="along", spills=8), TILES["forward"][32, 2][1]),
-            (64, 2): (Tile(16, 256, 4, 4, image="along", spills=8), Tile(64, 128, 8, 3)),
+            (16, 2): (Tile(16, 256, 4, 4), TILES["forward"][16, 2][1]),
+            (32, 2): (Tile(16, 256, 4, 4, spills=8), TILES["forward"][32, 2][1]),
+            (64, 2): (Tile(16, 256, 4, 4, spills=8), Tile(64, 128, 8, 3)),
             (128, 2): (
-                Tile(16, 256, 4, 3, image="along", spills=18),
+                Tile(16, 256, 4, 3, spills=18),
                 Tile(64, 64, 4, 4, residual="multiplied"),
             ),
-            (256, 2): (Tile(16, 128, 8, 2, image="along"), Tile(32, 64, 8, 3)),
+            (256, 2): (Tile(16, 128, 8, 2), Tile(32, 64, 8, 3)),
         },
         "backward": {
             (16, 2): (Tile(16, 256, 4, 4), TILES["backward"][16, 2][1]),
@@ -182,11 +179,11 @@ TUNED: dict[int, dict[str, dict[tuple[int, int], tuple[Tile, Tile]]]] = {
             (256, 2): (Tile(16, 128, 8, 2), Tile(16, 128, 8, 2)),
         },
         "weights": {
-            (16, 2): (Tile(64, 64, 4, 4, image="along"), TILES["weights"][16, 2][1]),
-            (32, 2): (Tile(64, 64, 4, 4, image="along"), TILES["weights"][32, 2][1]),
-            (64, 2): (Tile(64, 64, 4, 4, image="along"), Tile(32, 128, 8, 3)),
-            (128, 2): (Tile(64, 64, 4, 4, image="along"), Tile(64, 128, 8, 3)),
-            (256, 2): (Tile(32, 64, 8, 4, image="along"), Tile(32, 64, 8, 4)),
+            (16, 2): (Tile(64, 64, 4, 4), TILES["weights"][16, 2][1]),
+            (32, 2): (Tile(64, 64, 4, 4), TILES["weights"][32, 2][1]),
+            (64, 2): (Tile(64, 64, 4, 4), Tile(32, 128, 8, 3)),
+            (128, 2): (Tile(64, 64, 4, 4), Tile(64, 128, 8, 3)),
+            (256, 2): (Tile(32, 64, 8, 4), Tile(32, 64, 8, 4)),
         },
     },
 }
@@ -223,6 +220,11 @@ LEAST_SHARE = 2 / 3  # of the segments
 # do not depend on it. Measured on an H200; elsewhere columns stay whole.
 FORWARD_PROGRAMS: dict[int, int] = {9: 132}
 
+# Bytes of an element of A with which, with few rows, K1 makes x_v and K3 sums up its gradient, each
+# program anew, instead of launches of their own; by major compute capability. Chosen for the
+# launches that it saves; not timed on a GPU (docs/decisions.md).
+ALONG: dict[int, int] = {9: 2}
+
 # K4 has no matrix product, and one row.
 ADD = Tile(1, 1024, 4, 1)
 
@@ -247,6 +249,11 @@ def parts(major: int | None, blocks: int, steps: int) -> int:
     On a GPU of this major compute capability (None: not NVIDIA's).
     """
     return max(1, min(steps, FORWARD_PROGRAMS.get(major or 0, 1) // max(blocks, 1)))
+
+
+def image(major: int | None, size: int, many: bool) -> str:
+    """Whether x_v and its gradient are made "along" by K1 and K3, or "apart" in other launches."""
+    return "along" if not many and ALONG.get(major or 0) == size else "apart"
 
 
 def alone(tile: Tile) -> Tile:

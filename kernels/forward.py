@@ -46,8 +46,8 @@ def bottleneck(
 ):  # fmt: skip
     """z = act(mix(x̂ Aᵀ + b_A)) (BM, R_PAD); stores the rows `stored` of x_t (·, R), if any.
 
-    Where x_r is given, x_v is made here too, and each row of `stored` stores that of its sample,
-    the same for all rows of one.
+    Where x_r is given, x_v is made here too, and each row of `stored` stores that of its sample, if
+    any: the same for all rows of one.
     """
     c = tl.arange(0, R_PAD)
     x_t, x_v = down(
@@ -60,8 +60,9 @@ def bottleneck(
         tl.store(x_t_ptr + row[:, None] * R + c[None, :], x_t, mask=fits)
     if x_r_ptr is not None:
         x_v = x_v.to(A_ptr.dtype.element_ty)
-        place = sample.to(tl.int64)[:, None] * R + c[None, :]
-        tl.store(x_v_ptr + place, x_v, mask=fits)
+        if x_v_ptr is not None:
+            place = sample.to(tl.int64)[:, None] * R + c[None, :]
+            tl.store(x_v_ptr + place, x_v, mask=fits)
         x_v = x_v.to(tl.float32)
     else:
         x_v = None
@@ -108,9 +109,10 @@ def routed_forward(
 
     x_t stays in registers from the down-projection to the up-projection; it is stored (M, R) where
     x_t_ptr is given, for the backward pass. Where x_r (S, D) is given, x_v of the rows' samples is
-    made from it and stored (S, R), of samples that have rows; else u and w are read. The N columns
-    of B's segment i are added to columns SEGMENTS[i]·N … of base, and written to the same columns
-    of y (rows of LDY). For an adapter base is x itself; for a linear layer it is y, in place.
+    made from it, and stored (S, R) where x_v_ptr is given, of samples that have rows; else u and w
+    are read. The N columns of B's segment i are added to columns SEGMENTS[i]·N … of base, and
+    written to the same columns of y (rows of LDY). For an adapter base is x itself; for a linear
+    layer it is y, in place.
 
     Grid: see `block_of_rows`; where COLUMNS are in "parts", programs of a third axis share those of
     each segment, and each makes z anew. Bytes: x, base and y once, x_t once; A and B once a

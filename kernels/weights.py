@@ -40,7 +40,9 @@ def transposed_product(
     # and the other programs of a multiprocessor hide the wait. Of 4 bytes beside 2, half as many
     # rows a step hold as much: whole steps spilled 160 times at R = 128 on sm_80.
     MIXED: tl.constexpr = (
-        narrow_ptr is not None and wide_ptr.dtype.element_ty != narrow_ptr.dtype.element_ty
+        narrow_ptr is not None
+        and wide_ptr.dtype.element_ty.primitive_bitwidth
+        > narrow_ptr.dtype.element_ty.primitive_bitwidth
     )
     STAGES: tl.constexpr = 1 if PRECISION == "tf32" or MIXED else None
     ROWS: tl.constexpr = BM // 2 if MIXED and BM > 16 else BM
@@ -117,28 +119,30 @@ def image_weights(
     x_r_ptr, pairs_ptr, A_ptr, dx_r_ptr, seed_ptr, offsets_ptr, dA_ptr, db_A_ptr, start, stop, T,
     threshold, keep_scale, block,
     D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, ROW_BLOCK: tl.constexpr,
-    WANT_b_A: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WANT_b_A: tl.constexpr, PRECISION: tl.constexpr, SAMPLES: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """`down_weights` of samples start … stop, whose dx_v (·, R) is only now summed up, and dx_r.
 
     Stores columns of one block of dx_vᵀ x̂_r; where it is given of dx_r (S, D) =
     keep ∘ (dx_v A) / (1 − p); and, in the first block, Σ dx_v. Every column block sums dx_v anew,
-    from the second-level cache.
+    from the second-level cache. The loop within keeps this one from being pipelined, so that x_r
+    is read 16 bytes a thread in any dtype.
     """
     c = tl.arange(0, R_PAD)
     n = block * BN + tl.arange(0, BN)
     dA = tl.zeros([BN, R_PAD], tl.float32)
     db_A = tl.zeros([R_PAD], tl.float32)
-    for s0 in range(start, stop, BM):
-        sample = s0 + tl.arange(0, BM)
+    for s0 in range(start, stop, SAMPLES):
+        sample = s0 + tl.arange(0, SAMPLES)
         inside = sample < stop
         row = sample.to(tl.int64)
-        x_r = kept_tile(x_r_ptr, seed_ptr, row, inside, block * BN, threshold, D, 1, BM, BN)
+        x_r = kept_tile(x_r_ptr, seed_ptr, row, inside, block * BN, threshold, D, 1, SAMPLES, BN)
         dx_v = sample_sums(
             pairs_ptr, offsets_ptr, sample, inside, 0, T, R, R_PAD, ROW_BLOCK
-        ).to(A_ptr.dtype.element_ty)  # (BM, R_PAD)  # fmt: skip
+        ).to(A_ptr.dtype.element_ty)  # (SAMPLES, R_PAD)  # fmt: skip
         dA = tl.dot(tl.trans(x_r.to(dx_v.dtype)), dx_v, dA, input_precision=PRECISION)
-        db_A += tl.sum(dx_v.to(tl.float32), 0)
+        if WANT_b_A:
+            db_A += tl.sum(dx_v.to(tl.float32), 0)
         if dx_r_ptr is not None:
             A = tl.load(
                 A_ptr + c[:, None] * D + n[None, :],
@@ -146,7 +150,7 @@ def image_weights(
             )  # (R_PAD, BN)  # fmt: skip
             dx_r = tl.dot(dx_v, A, input_precision=PRECISION)
             if seed_ptr is not None:
-                keep = kept(seed_ptr, row, block * BN, threshold, 1, BM, BN)
+                keep = kept(seed_ptr, row, block * BN, threshold, 1, SAMPLES, BN)
                 dx_r = tl.where(keep, dx_r * keep_scale, 0.0)
             place = row[:, None] * D + n[None, :]
             mask = inside[:, None] & (n < D)[None, :]

@@ -196,6 +196,14 @@ class TestChoice:
         records = [record(FEW, 10.0, 10.0, spread), record(OTHER, time, 99.0)]
         assert tune.choose([*records, record(MANY, 99.0, 10.0)]) == {CELL: (FEW, MANY)}
 
+    def test_a_fault_with_few_rows_says_nothing_of_many(self) -> None:
+        """As of a tile for many rows that spills in the kernel of few, which does more."""
+        records = [record(FEW, 10.0, 99.0), record(OTHER, 5.0, 95.0)]
+        present = record(MANY, 4.0, 80.0)._replace(faults=["few: 90 rank1 d=768 bf16: 14 spills"])
+        assert tune.choose([*records, present]) == {CELL: (OTHER, MANY)}
+        gone = present._replace(faults=[*present.faults, "many: 90 rank1 d=768 bf16: 2 spills"])
+        assert tune.choose([*records, gone]) == {CELL: (OTHER, OTHER)}
+
     def test_a_present_tile_is_replaced_only_if_measured_or_unsound(self) -> None:
         assert tune.choose([record(OTHER, 1.0, 1.0)]) == {CELL: (FEW, MANY)}
         unsound = Record(Job(CELL, FEW, CHIP), ["2 spills"], {})
@@ -329,7 +337,7 @@ def test_an_unknown_gpu_is_held_to_the_one_below(capability: int, chip: int) -> 
 def test_the_gates_compile_what_they_do_for_the_table(kernel: str) -> None:
     cell = Cell(kernel, 64, "bf16")
     few = cell.present[0]
-    ours = {case[1:] for case in tile_trials.cases(Job(cell, few, 80, "row"))}
+    ours = {case[1:] for case in tile_trials.cases(Job(cell, few, 80, "row"), "few")}
     x_t = "recomputed" if kernel == "project" else "saved"
     theirs = unique(layers_of(HEAVIEST, 768, "bf16", x_t=x_t), (80,))
     same = {
@@ -353,14 +361,11 @@ def test_another_tile_holds_only_inside() -> None:
     assert config.TILES is before
 
 
-def test_where_the_image_is_made_stays_as_the_table_has_it() -> None:
-    """Or a tile that does less would seem faster; the sums' own launch is timed where it is."""
-    with tile_trials.overridden(CELL, replace(OTHER, image="along")):
-        assert config.tile("forward", 64, 2, False, 8) == OTHER
-        assert config.tile("forward", 64, 2, False, 9) == replace(OTHER, image="along")
-        assert config.tile("weights", 64, 2, False, 9).image == "along"
+def test_the_sums_of_the_image_are_launched_where_they_are_timed() -> None:
+    with tile_trials.overridden(CELL, OTHER):
+        assert config.image(9, 2, False) == "along"
     with tile_trials.overridden(Cell("vectors", 64, "bf16"), OTHER):
-        assert config.tile("weights", 64, 2, False, 9).image == "apart"
+        assert config.image(9, 2, False) == "apart"
 
 
 def test_copies_share_what_the_arguments_share() -> None:
@@ -398,8 +403,19 @@ def test_a_time_is_a_replay_divided_by_its_launches(monkeypatch: pytest.MonkeyPa
 def test_the_gate_compiles() -> None:
     cell = Cell("vectors", 16, "bf16")
     assert tile_trials.first_faults(Job(cell, cell.present[0], 90)) == []
-    (fault,) = tile_trials.first_faults(Job(CELL, Tile(16, 16, 8, 2), 80))[:1]
-    assert "x_ptr read" in fault and fault.startswith("80 rank1 d=768 bf16")
+    faults = tile_trials.first_faults(Job(CELL, Tile(16, 16, 8, 2), 80))
+    for rows in ("few", "many"):
+        assert any(f"{rows}: 80 rank1 d=768 bf16: x_ptr read" in fault for fault in faults)
+    assert tile_trials.faulty_rows(faults) == {"few", "many"}
+
+
+@pytest.mark.compile
+def test_the_tables_own_tiles_are_sound_for_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On compute capability 9, where the two of R = 128 run kernels that do not do the same."""
+    monkeypatch.setattr(tile_trials, "major_of", lambda device: 9)
+    cell = Cell("forward", 128, "bf16")
+    for rows, tile in zip(tile_trials.ROWS, cell.present, strict=True):
+        assert rows not in tile_trials.faulty_rows(tile_trials.first_faults(Job(cell, tile, 90)))
 
 
 @pytest.mark.interpret
@@ -415,7 +431,7 @@ def test_results_and_launches_are_of_the_tile(kernel: str) -> None:
 @pytest.mark.parametrize(("tile", "text"), [
     (Tile(1, 2, 3, 4), "Tile(1, 2, 3, 4)"), (Tile(1, 2, 3, 4, 128), "Tile(1, 2, 3, 4, 128)"),
     (Tile(1, 2, 3, 4, None, "multiplied"), 'Tile(1, 2, 3, 4, residual="multiplied")'),
-    (Tile(1, 2, 3, 4, 9, image="along", spills=8), 'Tile(1, 2, 3, 4, 9, image="along", spills=8)'),
+    (Tile(1, 2, 3, 4, 9, spills=8), "Tile(1, 2, 3, 4, 9, spills=8)"),
 ])  # fmt: skip
 def test_tiles_are_written_as_the_table_has_them(tile: Tile, text: str) -> None:
     assert tune.written(tile) == text

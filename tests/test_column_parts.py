@@ -1,5 +1,6 @@
 """K1 with its columns in parts, for few rows: the same bits as with all of them in one program."""
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,7 +15,7 @@ from fused_route.kernels.launch import Launch
 pytestmark = pytest.mark.interpret
 
 # 50 columns in steps of 16: parts of two steps, and of one that is not full.
-BLOCKS = {"BM": 16, "BN": 16}
+BLOCKS: dict[str, Any] = {"BM": 16, "BN": 16}
 
 
 def results(layer: Layer, call: Call, programs: int) -> tuple[dict[str, Tensor], set[int]]:

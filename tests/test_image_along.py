@@ -5,12 +5,17 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import packed
 from kernel_cases import Call, Layer, compared, gradients, run, trained
 from tile_tables import launched, tiles
 from torch import Tensor
 
 from fused_route import Routing
+from fused_route.autograd import forward_op
+from fused_route.fusion import Fusion
 from fused_route.kernels import config
+from fused_route.kernels.launch import Launch
+from fused_route.ops import Inputs
 from fused_route.testing import assert_as_good_as_eager
 
 pytestmark = pytest.mark.interpret
@@ -101,8 +106,65 @@ def test_p3_projects_the_image_apart() -> None:
 
 
 def test_few_rows_of_16_bits_on_compute_capability_9() -> None:
-    for major, size, many, image in ((9, 2, False, "along"), (9, 2, True, "apart"),
-                                     (9, 4, False, "apart"), (8, 2, False, "apart")):  # fmt: skip
-        for kernel in ("forward", "weights"):
-            for R_PAD in (16, 32, 64, 128, 256):
-                assert config.tile(kernel, R_PAD, size, many, major).image == image
+    assert config.image(9, 2, many=False) == "along"
+    for major, size, many in ((9, 2, True), (9, 4, False), (8, 2, False), (None, 2, False)):
+        assert config.image(major, size, many) == "apart"
+
+
+def test_inference_stores_no_x_v() -> None:
+    layer, call = Layer(), Call(Routing("mul"))
+    t, stored = trained(layer, call), []
+    launch = Launch.__call__
+
+    def noted(self: Launch, absent: Any, grid: Any, tensors: Any, numbers: Any) -> None:
+        names = self.kernel.arg_names
+        stored.append(dict(zip(names, tensors, strict=False))["x_v_ptr"] is not None)
+        launch(self, absent, grid, tensors, numbers)
+
+    with tiles(**BLOCKS), mock.patch.object(Launch, "__call__", noted):
+        y = run(layer, call, t, 0.0, "triton")
+        with torch.no_grad():
+            assert torch.equal(run(layer, call, t, 0.0, "triton"), y)
+    assert stored == [True, False]
+
+
+PACKINGS = pytest.mark.parametrize("lengths", [None, [4, 0, 9], [0, 0, 12]], ids=str)
+
+
+@PACKINGS
+def test_operators_return_nothing_by_chance(lengths: list[int] | None) -> None:
+    """Of a sample without rows nobody makes x_v; an operator's output is zero there."""
+    with tiles(**BLOCKS):
+        _, _, x_v = forward_op(*inputs(lengths), 0, FUSION.text(), 1.0, True)
+    assert x_v.isfinite().all()
+    if lengths is not None:
+        assert (x_v[1] == 0.0).all()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # its own
+@pytest.mark.usefixtures("unpoisoned")
+@PACKINGS
+def test_operators(lengths: list[int] | None) -> None:
+    with tiles(**BLOCKS):
+        torch.library.opcheck(forward_op, (*inputs(lengths), 0, FUSION.text(), 1.0, True))
+
+
+FUSION = Fusion("scale", "one", "plain", "none", 1, "owned", "residual", "none", 0.0, (0,), 1,
+                "saved", "ieee")  # fmt: skip
+
+
+def inputs(lengths: list[int] | None) -> Inputs:
+    """An adapter of three samples, dense or packed."""
+    d, R = 24, 6
+    rows = sum(lengths) if lengths else 15
+    row_sample = offsets = None
+    if lengths:
+        given = packed(lengths, torch.zeros(3, 1, d), None)
+        row_sample, offsets = given.row_sample, given.offsets
+        assert row_sample is not None
+        rows = len(row_sample)
+    A, B = torch.randn(R, d).requires_grad_(), torch.randn(d, R).requires_grad_()
+    x, x_r = torch.randn(rows, d).requires_grad_(), torch.randn(3, 1, d)
+    return Inputs(
+        x, x_r, None, None, A, None, B, None, None, None, None, None, row_sample, offsets
+    )  # fmt: skip

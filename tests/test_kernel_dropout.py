@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = {"S": 2, "T": 21, "d": 48, "n": 40, "r": 6}
 
 @pytest.mark.parametrize("host", ["adapter", "linear_p3"])
 @pytest.mark.parametrize("blocks", [{"BM": 16, "BN": 16}, {"BM": 64, "BN": 32}, {"BN": 128}])
-def test_dropout_does_not_change_with_the_tiles(blocks: dict[str, int], host: str) -> None:
+def test_dropout_does_not_change_with_the_tiles(blocks: dict[str, Any], host: str) -> None:
     layer, call = Layer(host, **SIZES), Call(Routing("gram"), drops=True)
     t = trained(layer, call)
     truth = gradients(run(layer, call, t, 0.25, "triton"), t)

@@ -310,7 +310,7 @@ def test_row_offsets_beyond_two_to_the_31() -> None:
     sizes = plan.sizes(M, 1, 0)
     with last_blocks_only():
         tensors = (x, None, A, None, None, None, B, None, x, y, *[None] * 5)
-        plan.routed_forward(sizes, False, tensors, 1.0)
+        plan.routed_forward(sizes, (False, False), tensors, 1.0)
         plan.project(x, A, None, None, x_t, "x_h")
     tail = x[-40:].double()
     expected = tail + (tail @ A.double().T).half().double() @ B.double().T
@@ -362,7 +362,7 @@ def test_the_mix_starts_from_what_is_saved(route: str) -> None:
     mix, u, w = OF_ONE_VECTOR[route]
     f = Fusion(mix, u, w, "none", 1, "owned", "none", "none", 0.0, (0,), 1, "saved", "ieee")
     t = ops.Inputs(x_h, x_r, None, None, A, None, torch.eye(16).bfloat16(), *[None] * 7)
-    y, x_t, x_v = ops.forward(ops.plan_for(f, t), t, 0, 1.0, True)
+    y, x_t, x_v = ops.forward(ops.plan_for(f, t), t, 0, 1.0, True, True)
     assert x_t is not None and x_v is not None
     x, v = x_t.double().view(2, 40, 16), x_v.double()[:, None]
     z = x * v if route == "mul" else (x * v).sum(-1, keepdim=True) * v

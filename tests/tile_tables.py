@@ -11,8 +11,8 @@ from fused_route.kernels.launch import Launch
 
 
 @contextmanager
-def tiles(**changes: Any) -> Iterator[None]:
-    """Every row of the tile tables that fit any GPU, changed."""
+def tiles(image: str = "apart", **changes: Any) -> Iterator[None]:
+    """Every row of the tile tables that fit any GPU, changed; and the image made apart or along."""
     table = {
         kernel: {
             key: tuple(config.Tile(**{**vars(tile), **changes}) for tile in pair)
@@ -24,7 +24,11 @@ def tiles(**changes: Any) -> Iterator[None]:
         size: tuple(config.ProductTile(**{**vars(tile), **changes}) for tile in pair)
         for size, pair in config.PRODUCTS.items()
     }
-    with mock.patch.multiple(config, TILES=table, PRODUCTS=products), fresh_plans():
+    with (
+        mock.patch.multiple(config, TILES=table, PRODUCTS=products),
+        mock.patch.object(config, "image", lambda major, size, many: image),
+        fresh_plans(),
+    ):
         yield
 
 

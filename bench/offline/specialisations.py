@@ -202,7 +202,7 @@ def launched_by(layer: Layer, major: int | None = None) -> dict[Specialisation, 
     t = layer.inputs(f)
     with recorded() as seen, mock.patch.object(ops, "major_of", lambda device: major):
         plan = ops.plan_for(f, t)
-        y, x_t, x_v = ops.forward(plan, t, longest, 0.5, layer.x_t == "saved")
+        y, x_t, x_v = ops.forward(plan, t, longest, 0.5, layer.x_t == "saved", True)
         wanted = Wanted(*(tensor is not None for tensor in t[:8]))
         ops.backward(plan, t, longest, 0.5, torch.empty_like(y), x_t, x_v, wanted)
     return seen
