@@ -222,6 +222,8 @@ def as_routing(route: str | Route | Routing) -> Routing:
     if not isinstance(route, Route):
         one_of("route", route, ROUTES)
         route = ROUTES[route]
+    if torch.compiler.is_compiling():  # which looks through a cache, and warns of it
+        return Routing(route)
     return _in_default_modes(route)
 
 

@@ -8,7 +8,7 @@ import torch
 from kernel_cases import KERNEL_ROUTES
 from torch import Tensor, nn
 
-from fused_route import RoutedAdapter, RoutedLinear, RoutingInput
+from fused_route import ROUTES, RoutedAdapter, RoutedLinear, RoutingInput, routed_adapter
 from fused_route.fusion import Fusion
 
 pytestmark = pytest.mark.interpret
@@ -72,6 +72,19 @@ def test_text_of_a_fusion_is_the_fusion() -> None:
         fusion = Fusion("scale", "one", "plain", "none", 2, "owned", "frozen", "none", p,
                         segments, 3, "saved", "tf32")  # fmt: skip
         assert Fusion.of_text(fusion.text()) == fusion
+
+
+@pytest.mark.parametrize("route", ["mul", ROUTES["gram"]], ids=["name", "route"])
+def test_a_function_with_a_route_of_any_kind_is_traced_without_a_warning(route: Any) -> None:
+    x, A, B = torch.randn(S, T, D), torch.randn(R, D), torch.randn(D, R)
+    x_r = torch.randn(S, 1, D)
+
+    def adapted(x: Tensor) -> Tensor:
+        return routed_adapter(x, A, B, x_r, route=route, impl="reference")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(adapted, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), adapted(x))  # warnings are errors
 
 
 LAYERS: dict[str, Callable[..., nn.Module]] = {
