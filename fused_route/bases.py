@@ -76,16 +76,23 @@ def plain_base(base: object) -> tuple[Tensor | None, Tensor | None]:
     is_conv1d = pytorch_utils is not None and type(base) is pytorch_utils.Conv1D
     if not is_conv1d and type(base) is not nn.Linear:
         return None, None
-    assert isinstance(base, nn.Module)
-    own_hooks = (
-        base._forward_hooks,
-        base._forward_pre_hooks,
-        base._backward_hooks,
-        base._backward_pre_hooks,
+    layer: Any = base
+    own = vars(layer)  # nn.Module's own look-up takes 0.4 µs an attribute
+    is_hooked = (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or are_all_hooked()
     )
-    weight, bias = base.weight, base.bias
-    is_plain = type(weight) in (nn.Parameter, Tensor) and "forward" not in vars(base)
-    if any(own_hooks) or are_all_hooked() or not is_plain:
+    if is_hooked or "forward" in own:
+        return None, None
+    parameters = own["_parameters"]
+    if "weight" in parameters and "bias" in parameters:
+        weight, bias = parameters["weight"], parameters["bias"]
+    else:
+        weight, bias = layer.weight, layer.bias
+    if type(weight) not in (nn.Parameter, Tensor):
         return None, None
     assert isinstance(weight, Tensor) and isinstance(bias, (Tensor, type(None)))
     return (weight.T if is_conv1d else weight), bias
@@ -94,13 +101,12 @@ def plain_base(base: object) -> tuple[Tensor | None, Tensor | None]:
 def are_all_hooked() -> bool:
     """Whether hooks on all modules, as profilers have them, want every base called."""
     everywhere = torch.nn.modules.module
-    hooks = (
-        everywhere._global_forward_hooks,
-        everywhere._global_forward_pre_hooks,
-        everywhere._global_backward_hooks,
-        everywhere._global_backward_pre_hooks,
+    return bool(
+        everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
     )
-    return any(hooks)
 
 
 def weight_kind(
