@@ -2,21 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from kernel_cases import Call, Layer, assert_equal, compared, gradients, run, trained
 from test_kernel_properties import SIZES, last_blocks_only, untouched
-from tile_tables import fresh_plans
+from tile_tables import fresh_plans, launched
 from torch import Tensor, nn
 
 from fused_route import Routing, ops, plan, routed_linear
 from fused_route.dropout import draw_seed
 from fused_route.fusion import Fusion
 from fused_route.kernels import config
-from fused_route.kernels.launch import Launch
 from fused_route.testing import assert_as_good_as_eager
 
 pytestmark = pytest.mark.interpret
@@ -29,20 +27,6 @@ TILES = {
 }
 FROZEN = Fusion("identity", "one", "plain", "none", 1, "none", "frozen", "none", 0.0, (0,), 1,
                 "saved", "ieee", "p3")  # fmt: skip
-
-
-@contextmanager
-def launches() -> Iterator[list[str]]:
-    """The kernels that are launched in this block."""
-    names: list[str] = []
-    launch = Launch.__call__
-
-    def noted(self: Launch, *args: Any) -> None:
-        names.append(self.kernel.fn.__name__)
-        launch(self, *args)
-
-    with mock.patch.object(Launch, "__call__", noted):
-        yield names
 
 
 @contextmanager
@@ -104,7 +88,7 @@ def test_the_automatic_plan(
     with (
         mock.patch.object(config, "EXTENDS", {9: (64, 8)}),
         on_compute_capability(major),
-        launches() as names,
+        launched() as names,
     ):
         gradients(run(layer, Call(Routing("mul")), t, 0.0, "triton"), t)
     assert names.count(PRODUCT) == (2 if is_p3 else 0)
@@ -148,7 +132,7 @@ def test_layouts_of_the_weight(layout: str, dtype: torch.dtype) -> None:
         leaves = {k: x.detach().to(kind, copy=True) for k, x in t.items() if k != "weight"}
         leaves = {k: x.requires_grad_(k != "bias") for k, x in leaves.items()}
         leaves["weight"] = change(weight.to(kind))
-        with launches() as names:
+        with launched() as names:
             found.append(gradients(run(layer, call, leaves, 0.0, impl), leaves))
         assert names.count(PRODUCT) == (2 if is_read and impl == "triton" else 0)
     assert_as_good_as_eager(*found)
@@ -216,7 +200,7 @@ def test_no_product_without_a_gradient_of_x(wanted: tuple[str, ...]) -> None:
     t = trained(layer, call)
     everything = gradients(run(layer, call, t, 0.0, "triton"), t)
     t = {k: x.detach().requires_grad_(k in wanted) for k, x in t.items()}
-    with launches() as names:
+    with launched() as names:
         found = gradients(run(layer, call, t, 0.0, "triton"), t)
     assert names.count(PRODUCT) == 1 + ("x_h" in wanted)
     assert_equal(found, {k: everything[k] for k in ("y", *wanted)})
