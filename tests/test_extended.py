@@ -1,14 +1,12 @@
 """P3: which calls it runs, its tiles, and what its product does with segments, rows and masks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 import torch
 from kernel_cases import Call, Layer, assert_equal, compared, gradients, run, trained
 from test_kernel_properties import SIZES, last_blocks_only, untouched
-from tile_tables import fresh_plans, launched
+from tile_tables import fresh_plans, launched, on_compute_capability
 from torch import Tensor, nn
 
 from fused_route import Routing, ops, plan, routed_linear
@@ -27,13 +25,6 @@ TILES = {
 }
 FROZEN = Fusion("identity", "one", "plain", "none", 1, "none", "frozen", "none", 0.0, (0,), 1,
                 "saved", "ieee", "p3")  # fmt: skip
-
-
-@contextmanager
-def on_compute_capability(major: int | None) -> Iterator[None]:
-    both = [mock.patch.object(module, "major_of", lambda _: major) for module in (ops, plan)]
-    with both[0], both[1], fresh_plans():
-        yield
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.BM}x{tile.BN}x{tile.BK}")

@@ -1,17 +1,15 @@
 """What a call launches and keeps for its backward, beside what eager torch does for the same."""
 
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 
 pytest.importorskip("triton")
 
 
-from tile_tables import fresh_plans
+from tile_tables import on_compute_capability
 
 from bench.offline.launches import LAYERS, R, S, T, cost
-from fused_route import ops
 
 pytestmark = pytest.mark.interpret
 
@@ -70,7 +68,7 @@ def test_modules_launch_what_functions_do(name: str) -> None:
 def test_few_rows_on_compute_capability_9_are_two_launches_less(name: str) -> None:
     """K1 makes x_v and K3 sums up its gradient; P3's own kernels leave K0 where it is."""
     (forward, backward), saved, _, _ = EXPECTED[name]
-    with mock.patch.object(ops, "major_of", lambda device: 9), fresh_plans():
+    with on_compute_capability(9):
         ours = cost(LAYERS[name], "ours")
     before = 0 if "P3" in name else 1
     assert ours.launches == (forward - before, backward - 1) and ours.saved == saved

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from fused_route import known, ops
+from fused_route import known, ops, plan
 from fused_route.kernels import config
 from fused_route.kernels.launch import Launch
 
@@ -39,6 +39,14 @@ def fresh_plans() -> Iterator[None]:
         ops._plan.cache_clear()
         yield
     ops._plan.cache_clear()
+
+
+@contextmanager
+def on_compute_capability(major: int | None) -> Iterator[None]:
+    """As on a GPU of this major compute capability; None: not NVIDIA's."""
+    both = [mock.patch.object(module, "major_of", lambda _: major) for module in (ops, plan)]
+    with both[0], both[1], fresh_plans():
+        yield
 
 
 @contextmanager
