@@ -26,7 +26,8 @@ class Tile:
     registers: how many of them a thread may have on NVIDIA, where the compiler's own choice is so
     few, for the sake of one more program, that it spills. residual: how the 16-bit residual of an
     adapter comes to the sum, "added" or "multiplied" with the unit matrix (`parts.plus_base`).
-    spills: how many the gates let pass, of a tile that was measured to be faster in spite of them.
+    spills: how many the gates let pass, of a tile that was measured to be faster in spite of them,
+    or of K1 with few rows, which makes x_v too (not timed).
     """
 
     BM: int

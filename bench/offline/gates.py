@@ -275,7 +275,7 @@ def in_parts(layers: Sequence[Layer], chips: Sequence[int | str]) -> list[Case]:
 
 
 def quick_cases() -> list[Case]:
-    """Some 200: every row of the tile tables, at each of its mixes once, its chips in turn.
+    """At most 200: every row of the tile tables, at each of its mixes once, its chips in turn.
 
     And K1's columns in parts, at one mix; and with hidden states in fp32 beside 16 bits, R = 64.
     """
