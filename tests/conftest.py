@@ -29,9 +29,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def repaired_interpreter() -> None:
     if INTERPRETED:
-        from interpreter import repair_bfloat16
+        from interpreter import repair
 
-        repair_bfloat16()
+        repair()
 
 
 @pytest.fixture(autouse=True)

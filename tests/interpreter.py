@@ -1,8 +1,10 @@
-"""Triton's interpreter (TRITON_INTERPRET=1): its bfloat16 made right, its traffic counted.
+"""Triton's interpreter (TRITON_INTERPRET=1): its bfloat16 and its truth values made right, its
+traffic counted.
 
 The interpreter holds bfloat16 as its bits in uint16 and computes with those integers. Without the
 repair, dot, arithmetic, comparison, sum and conversion from integers give garbage without a word,
-and float32 is cut off instead of rounded (triton 3.6 to 3.8).
+and float32 is cut off instead of rounded (triton 3.6 to 3.9). What a comparison gives is typed as
+what it compares, so that a mask made of a scalar one becomes int32, which 3.9 refuses.
 """
 
 from collections import defaultdict
@@ -32,14 +34,15 @@ Method = Callable[..., Any]
 
 
 @cache
-def repair_bfloat16() -> None:
-    """Let InterpreterBuilder compute bfloat16 as GPUs do: in float32, each result rounded.
+def repair() -> None:
+    """Let InterpreterBuilder compute as GPUs do: bfloat16 in float32, each result rounded.
 
-    Reductions and scans over bfloat16 raise: in what order a GPU rounds there is not defined.
+    What comparisons give is int1. Reductions and scans over bfloat16 raise: in what order a GPU
+    rounds there is not defined.
     """
     for name in ("unary_op", "binary_op", "create_fma"):
         in_float32 = _widened(getattr(InterpreterBuilder, name))
-        setattr(InterpreterBuilder, name, _narrowed(in_float32))
+        setattr(InterpreterBuilder, name, _true_or_false(_narrowed(in_float32)))
     InterpreterBuilder.create_dot = _widened(InterpreterBuilder.create_dot)
     InterpreterBuilder.cast_impl = _rounding_cast(InterpreterBuilder.cast_impl)
     InterpreterBuilder.get_bf16 = lambda self, value: _from_float32(np.array([value], np.float32))
@@ -85,6 +88,17 @@ def _narrowed(method: Method) -> Method:
         return _from_float32(result.data) if is_number and any(map(_is_bfloat16, args)) else result
 
     return with_rounding
+
+
+def _true_or_false(method: Method) -> Method:
+    """The method, whose truth values are typed as such."""
+
+    @wraps(method)
+    def with_type(self: Any, *args: Any) -> Any:
+        result = method(self, *args)
+        return TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
+
+    return with_type
 
 
 def _rounding_cast(cast: Method) -> Method:

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from interpreter import Moved, Traffic, repair_bfloat16
+from interpreter import Moved, Traffic, repair
 
 pytestmark = pytest.mark.interpret
 N = 32
@@ -103,8 +104,20 @@ def test_repair_happens_once() -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
     before = InterpreterBuilder.create_dot
-    repair_bfloat16()
+    repair()
     assert InterpreterBuilder.create_dot is before
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("create_icmpEQ", tl.int32), ("create_fcmpOEQ", tl.float32), ("create_fcmpOEQ", tl.bfloat16),
+])  # fmt: skip
+def test_comparisons_give_truth_values(name: str, dtype: tl.dtype) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    bits = {tl.int32: np.int32, tl.float32: np.float32, tl.bfloat16: np.uint16}[dtype]
+    one = TensorHandle(np.ones(1, bits), dtype)
+    found = getattr(InterpreterBuilder(), name)(one, one)
+    assert found.dtype == tl.int1 and found.data.all()
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

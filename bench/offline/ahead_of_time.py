@@ -89,6 +89,7 @@ def compiled_for(
     `arguments` gives each runtime parameter its type as Triton writes it ("*bf16", "i32", "fp32"),
     or None for a pointer that is not given; `constants` holds the constexpr parameters. Pointers
     are 16-byte aligned and, as the JIT finds on AMD, within 2 GB; nothing is assumed of integers.
+    A product and a sum may be one instruction, whatever a version of Triton does by itself.
     """
     if not isinstance(kernel, triton.JITFunction):
         raise ValueError(f"kernel must be a JITFunction, got {type(kernel).__name__}")
@@ -108,7 +109,8 @@ def compiled_for(
         attrs={(names.index(n),): attributes for n, kind in types.items() if kind[0] == "*"},
     )
     target = GPUTarget("hip", arch, 64) if arch in AMD else GPUTarget("cuda", arch, 32)
-    options = {"num_warps": num_warps, "num_stages": num_stages, **options}
+    usual = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {**usual, **options}
     return triton.compile(source, target=target, options=options)
 
 
