@@ -41,7 +41,7 @@ for layer in kernels training; do
 done
 
 RESULT=$WORK/results.json
-FEW="--provider reference --provider compile-folded --provider matmul-order --provider fused --provider fused-apart"
+FEW="--provider reference --provider compile-folded --provider matmul-order --provider fused --provider fused-along"
 EVERY="$FEW --provider published --provider peft --provider frozen --provider full"
 MODEL_WAYS="--provider reference --provider fused --provider peft --provider frozen"
 STEP_WAYS="--provider reference --provider fused --provider frozen --provider compile --last compile"

@@ -112,8 +112,10 @@ def _p1(o: Operands) -> Tensor:
     )  # fmt: skip
 
 
-def _apart(o: Operands) -> Subject:
-    """The kernels with launches of their own for x_v and its gradient, by plans of its own."""
+def _along(o: Operands) -> Subject:
+    """The kernels without launches of their own for x_v and its gradient, by plans of its own."""
+    from bench.configured import along_with_few_rows
+
     plans, calls = cache(ops._plan.__wrapped__), dict[Any, Any]()
 
     def forward() -> Tensor:
@@ -124,7 +126,7 @@ def _apart(o: Operands) -> Subject:
         finally:
             ops._plan, known._KNOWN = usual
 
-    with mock.patch.object(plan.kernels().config, "image", lambda *of: "apart"), torch.no_grad():
+    with mock.patch.object(plan.kernels().config, "image", along_with_few_rows), torch.no_grad():
         forward()  # plans hold what they were made with
     return o.subject(lambda _: forward())
 
@@ -159,7 +161,7 @@ PROVIDERS: dict[str, Provider] = {
     "peft": Provider("plain LoRA by PEFT, no routing", _peft, "lora"),
     "fused": Provider("the library's kernels", _way(formulations.library)),
     "fused-p1": Provider("the kernels by plan P1 alone", _way(_p1)),
-    "fused-apart": Provider("the kernels with the image's launches apart", _apart),
+    "fused-along": Provider("the kernels without launches of the image's own", _along),
     "frozen": Provider("the base alone: y and dx", _frozen, ""),
     "full": Provider("the base's full fine-tuning: y, dx and dW", _full, ""),
 }  # fmt: skip
@@ -174,8 +176,8 @@ def obstacle(name: str, case: Case, device: torch.device) -> str | None:
         return "peft is not installed"
     if name == "matmul-order" and (case.route not in MIXED or case.dropout > 0.0):
         return "written for five routes, without dropout"
-    if name == "fused-apart" and case.S * case.T >= MANY_ROWS:
-        return "with many rows the image's launches are apart anyway"
+    if name == "fused-along" and case.S * case.T >= MANY_ROWS:
+        return "with many rows the image has launches of its own"
     pairs = case.Nv > 1 and case.route in ("add", "mul", "expand")
     if name in ("published", "matmul-order") and pairs:
         return "written for one visual token there"

@@ -24,10 +24,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench.configured import along_with_few_rows, configured
 from bench.operands import DTYPES, S_SCALE, Layer, Operands
-from fused_route import Routing, RoutingInput, known, ops, routed_adapter, routed_linear
+from fused_route import Routing, RoutingInput, routed_adapter, routed_linear
 from fused_route.functional import ProductPlan
-from fused_route.kernels import config
 from fused_route.kernels.launch import Launch
 
 KERNELS = (
@@ -48,7 +48,7 @@ class Case:
         samples, tokens: 4 × 25 = 100 rows, unless sums over rows are to be split.
         modes: of `Routing`.
         is_packed: rows of `LENGTHS`.
-        many: with the tiles for many rows, however few there are.
+        trial: of `TRIALS`.
         plan: of the product with a frozen weight, the same on every GPU.
     """
 
@@ -59,7 +59,7 @@ class Case:
     rank: int = RANK
     modes: dict[str, Any] = field(default_factory=dict)
     is_packed: bool = False
-    many: bool = False
+    trial: str = ""
     plan: ProductPlan = "p1"
 
     @property
@@ -69,7 +69,7 @@ class Case:
         flags = {
             f"Nv={layer.Nv}": layer.Nv > 1, "dropout": layer.dropout > 0.0,
             "recompute": layer.recompute, "dx_r": layer.trains_image, "packed": self.is_packed,
-            f"r={self.rank}": self.rank != RANK, "tiles for many rows": self.many,
+            f"r={self.rank}": self.rank != RANK, self.trial: self.trial != "",
             "P3": self.plan == "p3",
             **{f"{name}={mode}": True for name, mode in self.modes.items()},
         }  # fmt: skip
@@ -77,6 +77,12 @@ class Case:
         return " ".join([layer.host, layer.route, self.dtype, *told])
 
 
+# What is no choice of the library at these sizes: entries of `fused_route.kernels.config`.
+TRIALS: dict[str, dict[str, Any]] = {
+    "": {},
+    "tiles for many rows": {"MANY_ROWS": 1},
+    "image along": {"image": along_with_few_rows},
+}
 UNIT = {"normalize": "unit"}  # u and w are then given to the kernels, not made by them
 CASES = (
     Case(Layer("adapter", "none")),
@@ -85,7 +91,9 @@ CASES = (
     Case(Layer("adapter", "gram", dropout=P, trains_image=True)),
     Case(Layer("adapter", "gram", Nv=3), is_packed=True),
     Case(Layer("qkv", "mul", dropout=P, recompute=True)),
-    Case(Layer("adapter", "mul"), samples=5, tokens=61, rank=40, many=True),
+    Case(Layer("adapter", "mul"), samples=5, tokens=61, rank=40, trial="tiles for many rows"),
+    Case(Layer("adapter", "mul", dropout=P, trains_image=True), trial="image along"),
+    Case(Layer("qkv", "gram", trains_image=True), is_packed=True, trial="image along"),
     Case(Layer("linear", "gram"), "fp32", samples=5, tokens=61, modes=UNIT),
     Case(Layer("qkv", "gram", Nv=3, dropout=P), "fp32"),
     Case(Layer("adapter", "gram", trains_image=True), rank=140),  # the loops over a wide bottleneck
@@ -111,25 +119,6 @@ def result(o: Operands, case: Case) -> Tensor:
     return routed_linear(
         o.x, o.A, o.B, x_r, **base, s=S_SCALE, adapted=o.adapted, of=o.of, plan=case.plan, **shared
     )
-
-
-@contextmanager
-def tiles_for_many_rows(wanted: bool) -> Iterator[None]:
-    """The library with few rows taken for many, where that is wanted."""
-
-    def forget() -> None:  # what holds plans, and these hold tiles
-        ops._plan.cache_clear()
-        known._KNOWN.clear()
-
-    if not wanted:
-        yield
-        return
-    with mock.patch.object(config, "MANY_ROWS", 1):
-        forget()
-        try:
-            yield
-        finally:
-            forget()
 
 
 def by_elements(a: Tensor, b: Tensor) -> Tensor:
@@ -175,7 +164,7 @@ def faults(case: Case, device: str) -> list[str]:
     """Runs a case; names the results that are not finite."""
     o = Operands(case.layer, case.samples, case.tokens, D, case.rank, DTYPES[case.dtype], device)
     torch.manual_seed(0)  # of dropout
-    with tiles_for_many_rows(case.many):
+    with configured(**TRIALS[case.trial]):
         results = o.subject(partial(result, case=case)).results()
     if device.startswith("cuda"):
         torch.cuda.synchronize()  # an error belongs to the case that was named last

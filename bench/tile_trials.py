@@ -17,10 +17,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench.configured import configured
 from bench.offline import gates
 from bench.offline.ahead_of_time import AMD, NVIDIA
 from bench.offline.specialisations import NUMBERS, Layer
-from fused_route import known, ops, routed_adapter
+from fused_route import routed_adapter
 from fused_route.functional import Impl
 from fused_route.kernels import config
 from fused_route.kernels.config import Tile
@@ -112,11 +113,6 @@ def overridden(cell: Cell, tile: Tile) -> Iterator[None]:
 
     For the sake of "vectors" sums of the image's gradient have a launch of their own.
     """
-
-    def forget() -> None:  # what holds plans, and these hold tiles
-        ops._plan.cache_clear()
-        known._KNOWN.clear()
-
     table, image = config.tile, config.image
 
     def trial(kernel: str, R_PAD: int, size: int, many: bool, major: int | None = None) -> Tile:
@@ -126,12 +122,8 @@ def overridden(cell: Cell, tile: Tile) -> Iterator[None]:
     def where(major: int | None, size: int, many: bool) -> str:
         return "apart" if cell.kernel == "vectors" else image(major, size, many)
 
-    with mock.patch.multiple(config, tile=trial, image=where):
-        forget()
-        try:
-            yield
-        finally:
-            forget()
+    with configured(tile=trial, image=where):
+        yield
 
 
 def cases(job: Job, rows: str) -> list[gates.Case]:

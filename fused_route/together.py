@@ -11,8 +11,7 @@ from torch.nn import Parameter
 from .routing_input import RoutingInput
 
 PROJECT = ("auto", "layer", "together")
-# One product for all costs two launches, four with biases, and saves one a layer; or, where K1
-# makes x_v, half of its down-projection (docs/kernels.md).
+# One product for all costs two launches, four with biases, and saves one a layer (docs/kernels.md).
 FEWEST = 5
 
 State = tuple[object, ...]
@@ -111,11 +110,7 @@ class Together:
 
 
 def saves_launches(x_r: Tensor) -> bool:
-    """Whether launches are what counts: on a CPU stacking every A costs more than it saves.
-
-    On compute capability 9 a layer with few rows has no launch to save, but the image is projected
-    once for all steps of a generation, and not by every step's K1.
-    """
+    """Whether launches are what counts: on a CPU stacking every A costs more than it saves."""
     return x_r.device.type == "cuda"
 
 

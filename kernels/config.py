@@ -26,8 +26,7 @@ class Tile:
     registers: how many of them a thread may have on NVIDIA, where the compiler's own choice is so
     few, for the sake of one more program, that it spills. residual: how the 16-bit residual of an
     adapter comes to the sum, "added" or "multiplied" with the unit matrix (`parts.plus_base`).
-    spills: how many the gates let pass, of a tile that was measured to be faster in spite of them,
-    or of K1 with few rows, which makes x_v too (not timed).
+    spills: how many the gates let pass, of a tile that was measured to be faster in spite of them.
     """
 
     BM: int
@@ -157,12 +156,9 @@ TUNED: dict[int, dict[str, dict[tuple[int, int], tuple[Tile, Tile]]]] = {
         },
         "forward": {
             (16, 2): (Tile(16, 256, 4, 4), TILES["forward"][16, 2][1]),
-            (32, 2): (Tile(16, 256, 4, 4, spills=8), TILES["forward"][32, 2][1]),
-            (64, 2): (Tile(16, 256, 4, 4, spills=8), Tile(64, 128, 8, 3)),
-            (128, 2): (
-                Tile(16, 256, 4, 3, spills=18),
-                Tile(64, 64, 4, 4, residual="multiplied"),
-            ),
+            (32, 2): (Tile(16, 256, 4, 4), TILES["forward"][32, 2][1]),
+            (64, 2): (Tile(16, 256, 4, 4), Tile(64, 128, 8, 3)),
+            (128, 2): (Tile(16, 256, 4, 3), Tile(64, 64, 4, 4, residual="multiplied")),
             (256, 2): (Tile(16, 128, 8, 2), Tile(32, 64, 8, 3)),
         },
         "backward": {
@@ -222,9 +218,9 @@ LEAST_SHARE = 2 / 3  # of the segments
 FORWARD_PROGRAMS: dict[int, int] = {9: 132}
 
 # Bytes of an element of A with which, with few rows, K1 makes x_v and K3 sums up its gradient, each
-# program anew, instead of launches of their own; by major compute capability. Chosen for the
-# launches that it saves; not timed on a GPU (docs/decisions.md).
-ALONG: dict[int, int] = {9: 2}
+# program anew, instead of launches of their own; by major compute capability. Nowhere: two launches
+# of six are saved, and not one was timed on a GPU. {9: 2} is what is to be tried (decision 54).
+ALONG: dict[int, int] = {}
 
 # K4 has no matrix product, and one row.
 ADD = Tile(1, 1024, 4, 1)

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from tile_tables import launched, tiles
+from tile_tables import launched
 from torch import Tensor
 
 from bench import formula, measure, profile, protocol, providers, results, run
@@ -74,10 +74,10 @@ def test_plain_lora_is_in_every_grid_with_a_base() -> None:
     assert "adapter" in (providers.obstacle("peft", TINY, CPU) or "")
     assert "GPU" in (providers.obstacle("fused", TINY, CPU) or "")
     assert "base" in (providers.obstacle("fused-p1", TINY, CPU) or "")
-    for M, why in ((10_240, "anyway"), (2_000, "GPU")):
+    for M, why in ((10_240, "many rows"), (2_000, "GPU")):
         case = op("adapter", "mul", 768, 64, M)
-        assert why in (providers.obstacle("fused-apart", case, CPU) or "")
-    for name in ("fused-p1", "fused-apart"):
+        assert why in (providers.obstacle("fused-along", case, CPU) or "")
+    for name in ("fused-p1", "fused-along"):
         assert not any(name in names for names in run.DEFAULT_PROVIDERS.values())
 
 
@@ -103,13 +103,12 @@ def test_the_kernels_with_and_without_launches_of_the_image() -> None:
     assert providers.MANY_ROWS == config.MANY_ROWS
     operands = Operands.of_case(TINY, CPU)
     launches = {}
-    with tiles(image="along"):
-        for name in ("fused", "fused-apart", "fused"):
-            subject = PROVIDERS[name].make(operands)
-            with launched() as kernels:
-                assert Gate(operands).worst(name, subject.results()) is not None
-            launches[name] = len(kernels)
-    assert launches == {"fused": 4, "fused-apart": 6}
+    for name in ("fused", "fused-along", "fused"):
+        subject = PROVIDERS[name].make(operands)
+        with launched() as kernels:
+            assert Gate(operands).worst(name, subject.results()) is not None
+        launches[name] = len(kernels)
+    assert launches == {"fused": 6, "fused-along": 4}
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -363,10 +364,11 @@ def test_another_tile_holds_only_inside() -> None:
 
 
 def test_the_sums_of_the_image_are_launched_where_they_are_timed() -> None:
-    with tile_trials.overridden(CELL, OTHER):
-        assert config.image(9, 2, False) == "along"
-    with tile_trials.overridden(Cell("vectors", 64, "bf16"), OTHER):
-        assert config.image(9, 2, False) == "apart"
+    with mock.patch.object(config, "ALONG", {9: 2}):
+        with tile_trials.overridden(CELL, OTHER):
+            assert config.image(9, 2, False) == "along"
+        with tile_trials.overridden(Cell("vectors", 64, "bf16"), OTHER):
+            assert config.image(9, 2, False) == "apart"
 
 
 def test_copies_share_what_the_arguments_share() -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from kernel_cases import Call, Layer, assert_equal, compared, gradients, run, trained
 from test_kernel_properties import SIZES, last_blocks_only, untouched
-from tile_tables import fresh_plans, launched, on_compute_capability
+from tile_tables import launched, on_compute_capability
 from torch import Tensor, nn
 
+from bench.configured import configured
 from fused_route import Routing, ops, plan, routed_linear
 from fused_route.dropout import draw_seed
 from fused_route.fusion import Fusion
@@ -33,7 +34,7 @@ def test_every_tile(tile: config.ProductTile) -> None:
     dtype = torch.bfloat16 if TILES[tile] == 2 else torch.float32
     inner = tile.BK + 8
     layer = Layer("qkv_p3", S=2, T=tile.BM // 2 + 3, d=inner, n=tile.BN + 8, r=inner)
-    with mock.patch.object(config, "product_tile", lambda *_: tile), fresh_plans():
+    with configured(product_tile=lambda *_: tile):
         assert_as_good_as_eager(*compared(layer, Call(Routing("mul"), drops=True), dtype))
 
 

@@ -6,9 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-
-from tile_tables import on_compute_capability
-
+from bench.configured import along_with_few_rows, configured
 from bench.offline.launches import LAYERS, R, S, T, cost
 
 pytestmark = pytest.mark.interpret
@@ -65,10 +63,10 @@ def test_modules_launch_what_functions_do(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if "visual tokens" not in name])
-def test_few_rows_on_compute_capability_9_are_two_launches_less(name: str) -> None:
+def test_an_image_made_along_saves_two_launches(name: str) -> None:
     """K1 makes x_v and K3 sums up its gradient; P3's own kernels leave K0 where it is."""
     (forward, backward), saved, _, _ = EXPECTED[name]
-    with on_compute_capability(9):
+    with configured(image=along_with_few_rows):
         ours = cost(LAYERS[name], "ours")
     before = 0 if "P3" in name else 1
     assert ours.launches == (forward - before, backward - 1) and ours.saved == saved

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from bench import sanitize
 from bench.offline.count_launches import count
 from bench.operands import Layer
-from bench.sanitize import CASES, KERNELS, Case
+from bench.sanitize import CASES, KERNELS, TRIALS, Case
 from fused_route.plan import kernels
 
 pytest.importorskip("triton")
@@ -107,7 +107,8 @@ def test_every_mix_host_and_dtype_is_among_the_cases() -> None:
     assert {layer.host for layer in layers} == {"adapter", "linear", "qkv"}
     assert {case.dtype for case in CASES} == {"bf16", "fp32"}
     assert {layer.route for layer in layers} >= {"none", "add", "mul", "gram"}
-    assert any(layer.dropout > 0.0 for layer in layers) and any(case.many for case in CASES)
+    assert any(layer.dropout > 0.0 for layer in layers)
+    assert {case.trial for case in CASES} == set(TRIALS)
     by_p3 = [case.layer for case in CASES if case.plan == "p3"]
     assert {layer.host for layer in by_p3} == {"linear", "qkv"}
     assert any(layer.dropout > 0.0 for layer in by_p3)

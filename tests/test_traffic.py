@@ -11,14 +11,14 @@ import pytest
 import torch
 from interpreter import LINE, Moved, Traffic
 from kernel_cases import P
-from tile_tables import fresh_plans, tiles
+from tile_tables import tiles
 from torch import Tensor
 
+from bench.configured import configured
 from fused_route import Route, Routing, rank1, routed_adapter, routed_linear
 
 pytest.importorskip("triton")
 
-from fused_route.kernels import config
 from fused_route.kernels.launch import Launch
 from fused_route.plan import cdiv
 
@@ -82,7 +82,7 @@ OF_ALL_ROWS = {
 @pytest.fixture(autouse=True)
 def few_rows_in_parts() -> Iterator[None]:
     """As where that was measured to be faster."""
-    with mock.patch.dict(config.FORWARD_PROGRAMS, {0: 132}), fresh_plans():
+    with configured(FORWARD_PROGRAMS={0: 132}):
         yield
 
 

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from fused_route import known, ops, plan
+from bench.configured import configured
+from fused_route import ops, plan
 from fused_route.kernels import config
 from fused_route.kernels.launch import Launch
 
@@ -24,28 +25,16 @@ def tiles(image: str = "apart", **changes: Any) -> Iterator[None]:
         size: tuple(config.ProductTile(**{**vars(tile), **changes}) for tile in pair)
         for size, pair in config.PRODUCTS.items()
     }
-    with (
-        mock.patch.multiple(config, TILES=table, PRODUCTS=products),
-        mock.patch.object(config, "image", lambda major, size, many: image),
-        fresh_plans(),
-    ):
+    where = {"apart": lambda *of: "apart", "along": lambda *of: "along"}[image]
+    with configured(TILES=table, PRODUCTS=products, image=where):
         yield
-
-
-@contextmanager
-def fresh_plans() -> Iterator[None]:
-    """Plans made anew: they hold tiles and grids."""
-    with mock.patch.object(known, "_KNOWN", {}):
-        ops._plan.cache_clear()
-        yield
-    ops._plan.cache_clear()
 
 
 @contextmanager
 def on_compute_capability(major: int | None) -> Iterator[None]:
     """As on a GPU of this major compute capability; None: not NVIDIA's."""
     both = [mock.patch.object(module, "major_of", lambda _: major) for module in (ops, plan)]
-    with both[0], both[1], fresh_plans():
+    with both[0], both[1], configured():
         yield
 
 

@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench.configured import along_with_few_rows, configured
 from fused_route import ops
 from fused_route.fusion import Fusion
 from fused_route.kernels.config import Tile
@@ -124,8 +125,9 @@ class Layer:
     """A routed layer of widths d → d with dropout p, packed rows and all gradients wanted.
 
     An adapter has biases and gelu; of two segments each is routed by itself. x_t goes through relu
-    before the mix. Every mix but "matrix" can own its image. plan: of a frozen base, whose weight
-    lies by rows or by columns (by_columns).
+    before the mix. Every mix but "matrix" can own its image; "along" is such an image, made by K1
+    where rows are few, on any chip. plan: of a frozen base, whose weight lies by rows or by columns
+    (by_columns).
     """
 
     host: str
@@ -142,14 +144,14 @@ class Layer:
 
     def fusion(self) -> Fusion:
         base, of, segments = HOSTS[self.host]
-        owned = self.image == "owned"
+        owned = self.image in ("owned", "along")
         return Fusion(
             mix=self.mix,
             u="relu" if owned and self.mix == "rank1" else "plain",
             w="plain",
             first="none" if self.mix == "identity" else "relu",
             groups=len(segments),
-            image=self.image,
+            image="owned" if owned else self.image,
             base=base,
             activation="gelu" if self.host == "adapter" else "none",
             p=self.p,
@@ -180,7 +182,7 @@ class Layer:
             weight = x(d, f.of * d).mT if self.by_columns else x(f.of * d, d)
         return Inputs(
             x=x(M, d),
-            x_r=x(S, d) if self.image == "owned" else None,
+            x_r=x(S, d) if f.image == "owned" else None,
             u=vector if self.mix == "rank1" else None,
             w=a(S, g, R // g, R // g) if self.mix == "matrix" else vector,
             A=a(R, d),
@@ -200,7 +202,11 @@ def launched_by(layer: Layer, major: int | None = None) -> dict[Specialisation, 
     """What one forward and one backward pass launch, on a GPU of this major compute capability."""
     f, longest = layer.fusion(), ROWS[layer.rows]
     t = layer.inputs(f)
-    with recorded() as seen, mock.patch.object(ops, "major_of", lambda device: major):
+    with (
+        recorded() as seen,
+        mock.patch.object(ops, "major_of", lambda device: major),
+        configured(image=along_with_few_rows) if layer.image == "along" else nullcontext(),
+    ):
         plan = ops.plan_for(f, t)
         y, x_t, x_v = ops.forward(plan, t, longest, 0.5, layer.x_t == "saved", True)
         wanted = Wanted(*(tensor is not None for tensor in t[:8]))

@@ -1,0 +1,29 @@
+"""The library with other entries in the table of its tuning, for trials and for tests."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any
+from unittest import mock
+
+from fused_route import known, ops
+from fused_route.kernels import config
+
+
+@contextmanager
+def configured(**entries: Any) -> Iterator[None]:
+    """Within it names of `fused_route.kernels.config` mean these, and plans are made anew.
+
+    Plans hold tiles and grids; those of outside stay as they were.
+    """
+    with (
+        mock.patch.multiple(config, **entries) if entries else nullcontext(),
+        mock.patch.object(ops, "_plan", cache(ops._plan.__wrapped__)),
+        mock.patch.object(known, "_KNOWN", {}),
+    ):
+        yield
+
+
+def along_with_few_rows(major: int | None, size: int, many: bool) -> str:
+    """In place of `config.image`: K1 makes x_v wherever rows are few (docs/decisions.md, 54)."""
+    return "apart" if many else "along"
