@@ -1,11 +1,13 @@
 """Every kernel that the library launches, compiled for GPUs that are not here: `bench/gates.py`."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
+from bench.offline import gates
 from bench.offline.gates import (
     PRODUCT_CHIPS,
     Case,
@@ -78,6 +80,23 @@ def test_the_product_fits_every_gpu_and_the_large_tile_is_for_9x_alone() -> None
         assert (case.specialisation.tile in large) <= (case.arch == 90)
     case = next(c for c in quick_cases() if c.specialisation.tile in large)
     assert any("does not fit" in fault for fault in check(case._replace(arch=86)).faults)
+
+
+def test_the_whole_product_leaves_nothing_in_the_cache_of_triton(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took 7 GB there."""
+    cases = [case for case in quick_cases() if name_of(case) == "add_partials"][:1]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    with (
+        mock.patch.object(gates, "all_cases", lambda: cases),
+        mock.patch.object(gates, "quick_cases", lambda: cases),
+    ):
+        assert gates.main(is_quick=False) == 0
+        assert not [*tmp_path.iterdir()]
+        assert gates.main(is_quick=True) == 0
+        assert (tmp_path / ".triton").is_dir()
 
 
 @pytest.mark.slow

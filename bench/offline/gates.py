@@ -6,12 +6,14 @@ instructions; read matrices 16 bytes at a time wherever their rows begin at mult
 (`narrow`); and use no atomics.
 """
 
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -340,9 +342,19 @@ def unique(layers: Sequence[Layer], chips: Sequence[int | str]) -> list[Case]:
     return list(cases.values())
 
 
-def checked(cases: Sequence[Case], processes: int = 2) -> list[Finding]:
-    """All cases, compiled in this many processes."""
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+def _keep_in(cache: str | None) -> None:
+    if cache is not None:
+        os.environ["TRITON_CACHE_DIR"] = cache
+
+
+def checked(cases: Sequence[Case], processes: int = 2, cache: str | None = None) -> list[Finding]:
+    """All cases, compiled in this many processes.
+
+    Args:
+        cache: a folder for what Triton makes; None: its own, where the next time finds it.
+    """
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _keep_in, (cache,)) as pool:
         findings = []
         for finding in tqdm(
             pool.map(check, cases, chunksize=4), total=len(cases), desc="compiling", unit="kernel"
@@ -378,8 +390,11 @@ HEADER = (
 def main(is_quick: bool) -> int:
     """Prints the table; 1 where a demand is not met."""
     start = time.perf_counter()
-    cases = quick_cases() if is_quick else all_cases()
-    findings = checked(cases)
+    if is_quick:
+        findings = checked(quick_cases())
+    else:  # 7 GB that nobody asks for again
+        with TemporaryDirectory(prefix="fused-route-gates-") as cache:
+            findings = checked(all_cases(), cache=cache)
     print(HEADER)
     for finding in findings:
         print(row(finding))
