@@ -16,6 +16,7 @@ from multiprocessing import get_context
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import triton
 from tqdm import tqdm
 
 from bench.offline.ahead_of_time import Resources, compiled_for, resources
@@ -53,6 +54,11 @@ ROW_KERNELS = ("routed_forward", "routed_backward", "weight_partials")
 MOST_MIXED_SPILLS = 48
 # What K1 may spill while it makes x_v, which is a trial with the tiles of K1 alone: 2 to 25 seen.
 MOST_SPILLS_ALONG = 25
+# The tables are of Triton 3.6 and 3.8. With 3.9, whose assembler gives registers otherwise, 76 of
+# 6,847 cases go beyond these limits by so many at most, by 90 where hidden states are mixed or K1
+# makes x_v; no GPU has told what that costs (docs/decisions.md, 56).
+LATER_COMPILER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+MORE_LATER, MORE_LATER_BESIDE = (18, 90) if LATER_COMPILER else (0, 0)
 
 # As many bytes as the hidden states, and read from device memory: no tile may be too small.
 LARGE = ("x_ptr", "x_r_ptr", "dy_ptr", "base_ptr", "wide_ptr")
@@ -174,12 +180,12 @@ def check(case: Case) -> Finding:
 
 def most_spills(case: Case) -> int:
     """How many of them are no fault."""
-    name, most = name_of(case), case.specialisation.tile.spills
+    name, most, more = name_of(case), case.specialisation.tile.spills, MORE_LATER
     if case.layer.numbers == "amp" and name in ROW_KERNELS:
-        most = max(most, MOST_MIXED_SPILLS)
+        most, more = max(most, MOST_MIXED_SPILLS), MORE_LATER_BESIDE
     if case.layer.image == "along" and name == "routed_forward":
-        most = max(most, MOST_SPILLS_ALONG)
-    return most
+        most, more = max(most, MOST_SPILLS_ALONG), MORE_LATER_BESIDE
+    return most + more
 
 
 RANKS = (16, 32, 64, 128, 256)
