@@ -25,5 +25,8 @@ def configured(**entries: Any) -> Iterator[None]:
 
 
 def along_with_few_rows(major: int | None, size: int, many: bool) -> str:
-    """In place of `config.image`: K1 makes x_v wherever rows are few (docs/decisions.md, 54)."""
-    return "apart" if many else "along"
+    """In place of `config.image`: K1 makes x_v in 16 bits wherever rows are few, on any GPU.
+
+    The gates compile that for compute capability 9 (docs/decisions.md, 54).
+    """
+    return "along" if size == 2 and not many else "apart"

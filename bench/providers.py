@@ -176,8 +176,10 @@ def obstacle(name: str, case: Case, device: torch.device) -> str | None:
         return "peft is not installed"
     if name == "matmul-order" and (case.route not in MIXED or case.dropout > 0.0):
         return "written for five routes, without dropout"
-    if name == "fused-along" and case.S * case.T >= MANY_ROWS:
-        return "with many rows the image has launches of its own"
+    if name == "fused-along" and (case.S * case.T >= MANY_ROWS or case.dtype == "fp32"):
+        return "with many rows, and in fp32, the image has launches of its own"
+    if name == "fused-along" and (case.route == "none" or case.Nv > 1):
+        return "one visual vector a sample is made along"
     pairs = case.Nv > 1 and case.route in ("add", "mul", "expand")
     if name in ("published", "matmul-order") and pairs:
         return "written for one visual token there"

@@ -74,8 +74,12 @@ def test_plain_lora_is_in_every_grid_with_a_base() -> None:
     assert "adapter" in (providers.obstacle("peft", TINY, CPU) or "")
     assert "GPU" in (providers.obstacle("fused", TINY, CPU) or "")
     assert "base" in (providers.obstacle("fused-p1", TINY, CPU) or "")
-    for M, why in ((10_240, "many rows"), (2_000, "GPU")):
-        case = op("adapter", "mul", 768, 64, M)
+    few = op("adapter", "mul", 768, 64, 2_000)
+    for case, why in (
+        (few, "GPU"), (op("adapter", "mul", 768, 64, 10_240), "many rows"),
+        (replace(few, dtype="fp32"), "fp32"), (replace(few, route="none"), "one visual vector"),
+        (replace(few, route="gram", Nv=2), "one visual vector"),
+    ):  # fmt: skip
         assert why in (providers.obstacle("fused-along", case, CPU) or "")
     for name in ("fused-p1", "fused-along"):
         assert not any(name in names for names in run.DEFAULT_PROVIDERS.values())
@@ -101,7 +105,7 @@ def test_the_kernels_with_and_without_launches_of_the_image() -> None:
     from fused_route.kernels import config
 
     assert providers.MANY_ROWS == config.MANY_ROWS
-    operands = Operands.of_case(TINY, CPU)
+    operands = Operands.of_case(replace(TINY, dtype="bf16"), CPU)
     launches = {}
     for name in ("fused", "fused-along", "fused"):
         subject = PROVIDERS[name].make(operands)

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
 import pytest
 
+from bench.configured import configured
 from bench.offline import gates
 from bench.offline.gates import (
     PRODUCT_CHIPS,
@@ -21,7 +23,6 @@ from bench.offline.gates import (
     row,
 )
 from bench.offline.specialisations import Layer, launched_by
-from fused_route import ops
 from fused_route.kernels import config
 
 pytestmark = pytest.mark.compile
@@ -29,8 +30,8 @@ pytestmark = pytest.mark.compile
 MOST_IN_MAKE_TEST = 200
 
 
-def assert_sound(cases: list[Case]) -> None:
-    failed = [row(finding) for finding in checked(cases) if finding.faults]
+def assert_sound(cases: list[Case], cache: str | None = None) -> None:
+    failed = [row(finding) for finding in checked(cases, cache=cache) if finding.faults]
     assert not failed, f"{len(failed)} of {len(cases)}:\n" + "\n".join(failed)
 
 
@@ -88,7 +89,8 @@ def test_the_whole_product_leaves_nothing_in_the_cache_of_triton(
     """It took 7 GB there."""
     cases = [case for case in quick_cases() if name_of(case) == "add_partials"][:1]
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
     with (
         mock.patch.object(gates, "all_cases", lambda: cases),
         mock.patch.object(gates, "quick_cases", lambda: cases),
@@ -101,16 +103,29 @@ def test_the_whole_product_leaves_nothing_in_the_cache_of_triton(
 
 @pytest.mark.slow
 def test_everything_meets_every_demand() -> None:
-    assert_sound(all_cases())
+    with TemporaryDirectory() as cache:
+        assert_sound(all_cases(), cache)
+
+
+@pytest.mark.parametrize(("layer", "kernel", "most"), [
+    (Layer("adapter", "rank1", "owned", 128, 768, "bf16", "few"), "routed_forward", (0, 3)),
+    (Layer("adapter", "rank1", "along", 128, 768, "bf16", "few"), "routed_forward", (18, 21)),
+    (Layer("adapter", "rank1", "along", 128, 768, "bf16", "few"), "routed_backward", (0, 0)),
+    (Layer("adapter", "rank1", "owned", 128, 768, "amp", "few"), "routed_forward", (48, 55)),
+    (Layer("adapter", "rank1", "owned", 128, 768, "bf16", "many"), "routed_backward", (450, 450)),
+])  # fmt: skip
+def test_how_much_may_spill(layer: Layer, kernel: str, most: tuple[int, int]) -> None:
+    later: dict[tuple[str, int | str, bool], int]
+    later = {("routed_forward", 90, False): 3, ("routed_forward", 90, True): 7}
+    (case,) = [case for case in gates.unique([layer], (90,)) if name_of(case) == kernel]
+    assert (gates.most_spills(case, {}), gates.most_spills(case, later)) == most
 
 
 def faults_with(kernel: str, tile: config.Tile, layer: Layer, name: str) -> list[str]:
     """What is wrong with one kernel of a layer when it gets another tile."""
     table = {**config.TILES, kernel: dict.fromkeys(config.TILES[kernel], (tile, tile))}
-    ops._plan.cache_clear()
-    with mock.patch.object(config, "TILES", table):
+    with configured(TILES=table):
         cases = [Case(layer, s, 80) for s in launched_by(layer) if s.kernel.endswith(f":{name}")]
-    ops._plan.cache_clear()
     return check(cases[0]).faults
 
 

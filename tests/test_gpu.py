@@ -24,6 +24,8 @@ from fused_route.testing import assert_as_good_as_eager, roundoff
 
 pytest.importorskip("triton")
 
+from tile_tables import launched
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
@@ -130,9 +132,16 @@ def test_as_good_as_eager_in_other_shapes(case: Case) -> None:
 @pytest.mark.parametrize("host", HOSTS)
 def test_an_image_made_along_is_as_good_as_eager(host: str, dtype: str) -> None:
     """What is to be timed: no launches of the image's own; also with K1's columns in parts."""
-    for case in (UNEVEN, replace(UNEVEN, S=8, T=5), replace(BASE, route="gram")):
+    cases = [UNEVEN, replace(UNEVEN, S=8, T=5), replace(BASE, route="gram")]
+    if ON_GPU:
+        cases += [op(host, "mul", 1024, 128, 2_000), op(host, "expand", 768, 96, 2_000)]
+    for case in cases:
         subject = hold_to_eager(replace(case, host=host, dtype=dtype), "fused-along")
-        assert_same_bits(subject.results(), subject.results())
+        first = subject.results()
+        for _ in range(REPEATS):
+            with launched() as names:
+                assert_same_bits(subject.results(), first)
+            assert "vector_gradient" not in names and names.count("project") == 0
 
 
 def hold_to_eager(case: Case, by: str = "fused") -> Subject:
