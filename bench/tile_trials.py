@@ -154,7 +154,7 @@ def first_faults(job: Job) -> list[str]:
         for case in cases(job, rows):
             key = case.specialisation, case.arch
             if key not in known_faults:
-                known_faults[key] = gates.check(case, later={}).faults
+                known_faults[key] = gates.check(case, besides={}).faults
             if known_faults[key]:
                 where = f"{case.arch} {case.layer.mix} d={case.layer.d} {case.layer.numbers}"
                 found += [f"{rows}: {where}: {fault}" for fault in known_faults[key]]
