@@ -1,10 +1,9 @@
 """The gates: every kernel that the library launches, compiled for GPUs that are not here.
 
 Each case is one specialisation on one chip. It must compile; spill nothing, or no more than
-`most_spills` lets pass; fit into the shared
-memory of the chip at least once; make its products of bf16, fp16 and TF32 with matrix
-instructions; read matrices 16 bytes at a time wherever their rows begin at multiples of 16 bytes
-(`narrow`); and use no atomics.
+`most_spills` lets pass; fit into the shared memory of the chip at least once; make its products of
+bf16, fp16 and TF32 with matrix instructions; read matrices 16 bytes at a time wherever their rows
+begin at multiples of 16 bytes (`narrow`); and use no atomics.
 """
 
 import os
