@@ -134,7 +134,8 @@ def test_predict_answers_from_the_saved_adapter(
     adapter = str(earlier / ARMS[-1].folder)
     given = ["--adapter", adapter, "--image", str(image), "--question", question]
     assert cli.main(["predict", *given]) == 0
-    assert capsys.readouterr().out.split()[0] == ranked[0][0]
+    printed = capsys.readouterr()
+    assert printed.out.split()[0] == ranked[0][0] and "next: fused-route train" in printed.err
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.folder)

@@ -142,7 +142,9 @@ class TestPredict:
     ) -> None:
         given = ["--image", picture, "--question", "what color is it?"]
         assert run("predict", "--adapter", runs[language], *given) == 0
-        lines = capsys.readouterr().out.splitlines()
+        printed = capsys.readouterr()
+        assert printed.err.splitlines()[-1] == f"next: fused-route eval {runs[language]}"
+        lines = printed.out.splitlines()
         assert len(lines) == (5 if language == "roberta" else 1)
         if language == "roberta":
             shares = [float(line.rpartition("(")[2].rstrip("%)")) for line in lines]
@@ -163,7 +165,9 @@ class TestPredict:
             assert run("predict", *image, "--question", "what?", "--task", "vqa") == 0
             assert run("predict", *image, "--question", "what?", "--task", "gqa") == 0
             assert run("generate", *image) == 0
-            return tuple(capsys.readouterr().out.splitlines())
+            printed = capsys.readouterr()
+            assert printed.err.count(f"next: fused-route eval {best}\n") == 3
+            return tuple(printed.out.splitlines())
 
         before = said()
         name = "adapter_model.safetensors"

@@ -251,7 +251,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         )
     ranked = answer(arguments.adapter, arguments.image[0], arguments.question)
     best, runner_up = ranked[0], ranked[1]
-    print(f"{best[0]}  ({best[1]:.1%}; next: {runner_up[0]}, {runner_up[1]:.1%})")
+    print(f"{best[0]}  ({best[1]:.1%}; then {runner_up[0]}, {runner_up[1]:.1%})")
+    commands.beside_answers("fused-route train easy-vqa")
     return 0
 
 

@@ -71,6 +71,7 @@ def predict(folder: Path, images: Sequence[str], question: str, task: str | None
     """Answers one question."""
     for line in asking.answer(folder, [Path(image) for image in images], question, task):
         print(line)
+    beside_answers(shlex.join(["fused-route", "eval", str(folder)]))
     return 0
 
 
@@ -81,7 +82,13 @@ def generate(
     found = asking.captions(folder, [Path(image) for image in images], task, **generation)
     for image, caption in zip(images, found, strict=True):
         print(f"{image}\t{caption}")
+    beside_answers(shlex.join(["fused-route", "eval", str(folder)]))
     return 0
+
+
+def beside_answers(command: str) -> None:
+    """The next step, on standard error: what a command answers is often piped to another."""
+    print(f"next: {command}", file=sys.stderr)
 
 
 def encode(
