@@ -20,6 +20,7 @@ from torch import Tensor
 from bench.configured import configured
 from bench.offline import gates
 from bench.offline.ahead_of_time import AMD, NVIDIA
+from bench.offline.gate_cases import HEAVIEST, Case, unique
 from bench.offline.specialisations import NUMBERS, Layer
 from fused_route import routed_adapter
 from fused_route.functional import Impl
@@ -126,17 +127,17 @@ def overridden(cell: Cell, tile: Tile) -> Iterator[None]:
         yield
 
 
-def cases(job: Job, rows: str) -> list[gates.Case]:
+def cases(job: Job, rows: str) -> list[Case]:
     """What the gates compile of a job: its kernel at the heaviest mixes, with dropout or not."""
     cell, found = job.cell, []
     x_t = "recomputed" if cell.kernel == "project" else "saved"
     for numbers in SHARING[cell.size] if job.dtypes == "row" else (cell.numbers,):
         for mixes, d, p in (
-            (gates.HEAVIEST, 768, 0.1), (gates.HEAVIEST[2:], 768, 0.0), (gates.HEAVIEST, 1000, 0.1)
+            (HEAVIEST, 768, 0.1), (HEAVIEST[2:], 768, 0.0), (HEAVIEST, 1000, 0.1)
         ):  # fmt: skip
             layers = [Layer(*mix, cell.R_PAD, d, numbers, rows, p, x_t) for mix in mixes]
             with overridden(cell, job.tile):
-                found += gates.unique(layers, (job.chip,))
+                found += unique(layers, (job.chip,))
     return [
         case
         for case in found

@@ -25,7 +25,7 @@ import triton
 from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 
-from bench.offline.gates import RANKS
+from bench.offline.gate_cases import RANKS
 from bench.results import FOLDER
 from bench.tile_trials import (
     MEASURED,

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("triton")
 
 from bench import tile_trials, tune
-from bench.offline.gates import HEAVIEST, RANKS, layers_of, unique
+from bench.offline.gate_cases import HEAVIEST, RANKS, layers_of, unique
 from bench.tile_trials import Cell, Job, Verdicts
 from bench.tune import Log, Record, Tools
 from fused_route.kernels import config

@@ -10,18 +10,17 @@ import pytest
 
 from bench.configured import configured
 from bench.offline import gates
-from bench.offline.gates import (
+from bench.offline.gate_cases import (
     PRODUCT_CHIPS,
     Case,
     all_cases,
-    check,
-    checked,
     name_of,
     p3_cases,
     product_cases,
     quick_cases,
-    row,
+    unique,
 )
+from bench.offline.gates import check, checked, row
 from bench.offline.specialisations import Layer, launched_by
 from fused_route.kernels import config
 
@@ -117,7 +116,7 @@ def test_everything_meets_every_demand() -> None:
 def test_how_much_may_spill(layer: Layer, kernel: str, most: tuple[int, int]) -> None:
     later: dict[tuple[str, int | str, bool], int]
     later = {("routed_forward", 90, False): 3, ("routed_forward", 90, True): 7}
-    (case,) = [case for case in gates.unique([layer], (90,)) if name_of(case) == kernel]
+    (case,) = [case for case in unique([layer], (90,)) if name_of(case) == kernel]
     assert (gates.most_spills(case, {}), gates.most_spills(case, later)) == most
 
 

@@ -1,9 +1,9 @@
 """The gates: every kernel that the library launches, compiled for GPUs that are not here.
 
-Each case is one specialisation on one chip. It must compile; spill nothing, or no more than
-`most_spills` lets pass; fit into the shared memory of the chip at least once; make its products of
-bf16, fp16 and TF32 with matrix instructions; read matrices 16 bytes at a time wherever their rows
-begin at multiples of 16 bytes (`narrow`); and use no atomics.
+Each case (`gate_cases`) is one specialisation on one chip. It must compile; spill nothing, or no
+more than `most_spills` lets pass; fit into the shared memory of the chip at least once; make its
+products of bf16, fp16 and TF32 with matrix instructions; read matrices 16 bytes at a time wherever
+their rows begin at multiples of 16 bytes (`narrow`); and use no atomics.
 """
 
 import os
@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
 from multiprocessing import get_context
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -20,11 +19,10 @@ import triton
 from tqdm import tqdm
 
 from bench.offline.ahead_of_time import Resources, compiled_for, resources
+from bench.offline.gate_cases import ROW_KERNELS, Case, all_cases, name_of, quick_cases
 from bench.offline.load_widths import Load, loads
-from bench.offline.specialisations import ROWS, Layer, Specialisation, launched_by
+from bench.offline.specialisations import Specialisation
 from fused_route.kernels.config import compiler_options
-
-ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, "gfx942")
 
 # Where a load of a matrix may begin: at multiples of these constants of the kernel, in elements.
 STEPS = {
@@ -48,9 +46,8 @@ STEPS = {
     "narrow_ptr": ("LDN", "RANK"),
     "factor_ptr": ("FACTOR",),
 }
-# What these may spill where autocast leaves hidden states in fp32 beside weights in 16 bits: their
-# tiles are chosen for hidden states of 16 bits, of which a thread holds twice as many.
-ROW_KERNELS = ("routed_forward", "routed_backward", "weight_partials")
+# What kernels of rows may spill where autocast leaves hidden states in fp32 beside weights in 16
+# bits: their tiles are chosen for hidden states of 16 bits, of which a thread holds twice as many.
 MOST_MIXED_SPILLS = 48
 # What K1 may spill while it makes x_v, which is a trial with the tiles of K1 alone.
 MOST_SPILLS_ALONG = 18
@@ -76,14 +73,6 @@ BESIDES = SEEN_LATER if VERSION >= (3, 9) else SEEN_BEFORE if VERSION < (3, 8) e
 LARGE = ("x_ptr", "x_r_ptr", "dy_ptr", "base_ptr", "wide_ptr")
 # Biases, a seed, codes of rows, offsets of samples: read once a program, or once a column block.
 VECTORS = ("b_A_ptr", "b_B_ptr", "bias_ptr", "seed_ptr", "row_sample_ptr", "offsets_ptr")
-
-
-class Case(NamedTuple):
-    """A specialisation on a chip, and the layer that launches it."""
-
-    layer: Layer
-    specialisation: Specialisation
-    arch: int | str
 
 
 class Finding(NamedTuple):
@@ -203,174 +192,6 @@ def most_spills(case: Case, besides: Mapping[tuple[str, int | str, bool], int]) 
     if name == "routed_forward" and case.specialisation.types["x_r_ptr"] is not None:
         most = max(most, MOST_SPILLS_ALONG)
     return most + besides.get((name, case.arch, is_mixed), 0)
-
-
-RANKS = (16, 32, 64, 128, 256)
-# What registers and shared memory are shortest for, found by compiling all mixes; the others
-# follow it in the full product for one chip and dtype.
-HEAVIEST = (("adapter", "rank1", "owned"), ("adapter", "rank1", "operand"),
-            ("adapter", "matrix", "operand"), ("given_qv", "rank1", "owned"))  # fmt: skip
-LIGHTER = (("adapter", "identity", "none"), ("adapter", "shift", "owned"),
-           ("adapter", "scale", "owned"), ("given", "shift", "operand"))  # fmt: skip
-ALONG = (("adapter", "rank1", "along"), ("given_qv", "rank1", "along"))
-LIGHTER_ALONG = (("adapter", "shift", "along"), ("adapter", "scale", "along"))
-CHIPS: dict[str, tuple[int | str, ...]] = {
-    "bf16": ARCHITECTURES, "fp16": ARCHITECTURES, "amp": (80, 90),
-    "fp32": (80, 90, 100), "tf32": (80, 90, 100),
-}  # fmt: skip
-
-
-# P3: the product's tiles grow with neither R nor the mix, and fit every chip; of the other kernels
-# K1 up to the bottleneck, and K2 without dx, have no column tiles, but the tiles of K1 and K2.
-P3_HEAVIEST = (("frozen", "rank1", "owned"), ("frozen_qv", "rank1", "operand"),
-               ("frozen", "matrix", "operand"))  # fmt: skip
-P3_ROW_KERNELS = ("routed_bottleneck", "routed_backward")
-PRODUCT_CHIPS: dict[str, tuple[int | str, ...]] = {
-    "bf16": (*ARCHITECTURES, 86, 89, 120), "fp16": (80, 90),
-    "fp32": (80, 90, 100, 120), "tf32": (80, 90, 100, 120),
-}  # fmt: skip
-
-
-def layers_of(
-    mixes: Sequence[tuple[str, str, str]],
-    d: int,
-    numbers: str,
-    p: float = 0.1,
-    rows: Sequence[str] = ("few", "many"),
-    **more: Any,
-) -> list[Layer]:
-    """One for each host, mix and image, for every R_PAD, with few and many rows."""
-    return [
-        Layer(host, mix, image, R, d, numbers, amount, p, **more)
-        for R in RANKS
-        for amount in rows
-        for host, mix, image in mixes
-    ]
-
-
-def product_cases(
-    numbers: str, chips: Sequence[int | str], R: int, widths: Sequence[int] = (768, 1000)
-) -> list[Case]:
-    """P3's product, forward with a bias and backward with dropout, of weights by rows, by columns.
-
-    Of two segments, R = 256 takes several steps through the bottleneck; 16 half of one.
-    """
-    layers = [
-        Layer("frozen_qv", "rank1", "owned", R, d, numbers, rows, plan="p3", by_columns=by_columns)
-        for d in widths
-        for rows in ("few", "many")
-        for by_columns in (False, True)
-    ]
-    return [case for case in unique(layers, chips) if name_of(case) == "extended_product"]
-
-
-def p3_cases() -> list[Case]:
-    """The product on all chips; the other kernels that only P3 launches on those of its dtype."""
-    cases = []
-    for numbers, chips in PRODUCT_CHIPS.items():
-        cases += product_cases(numbers, chips, 256) + product_cases(numbers, (90,), 16)
-        layers = layers_of(P3_HEAVIEST, 768, numbers, plan="p3")
-        others = unique(layers, CHIPS[numbers] if numbers in ("bf16", "fp32") else (90,))
-        cases += [case for case in others if name_of(case) in P3_ROW_KERNELS]
-    return cases
-
-
-def name_of(case: Case) -> str:
-    """The kernel's own name."""
-    return case.specialisation.kernel.partition(":")[2]
-
-
-def all_cases() -> list[Case]:
-    """Every row of the tile table at its heaviest mixes × width × numbers × chip, each once.
-
-    Without dropout tiles go another way, straight from memory to the products: on one chip, but for
-    K1 with its columns in parts, which generates without.
-    """
-    cases = []
-    for numbers, d, p in (("bf16", 768, 0.1), ("bf16", 1000, 0.1), ("bf16", 768, 0.0),
-                          ("fp16", 768, 0.1)):  # fmt: skip
-        cases += unique(layers_of(LIGHTER, d, numbers, p), (90,))
-    for numbers in ("bf16", "fp32", "tf32"):
-        cases += unique(layers_of(HEAVIEST[2:], 768, numbers, p=0.0), (90,))
-    cases += unique(layers_of(HEAVIEST, 768, "amp", p=0.0), CHIPS["amp"])
-    for numbers, chips in CHIPS.items():
-        for d in (768, 1000):
-            cases += unique(layers_of(HEAVIEST, d, numbers) + recomputed(d, numbers), chips)
-            for p in (0.0, 0.1):
-                cases += in_parts(layers_of(HEAVIEST, d, numbers, p, rows=("fewest",)), chips)
-    for numbers, d, p in product(("bf16", "fp16", "amp"), (768, 1000), (0.0, 0.1)):
-        cases += along(numbers, d, p)
-    cases += along("bf16", 768, 0.1, mixes=LIGHTER_ALONG)
-    return cases + p3_cases()
-
-
-def along(
-    numbers: str,
-    d: int,
-    p: float,
-    ranks: Sequence[int] = RANKS,
-    mixes: Sequence[tuple[str, str, str]] = ALONG,
-) -> list[Case]:
-    """K1 while it makes x_v, whole and in parts, and K3 while it sums up its gradient: on sm_90."""
-    layers = layers_of(mixes, d, numbers, p, rows=("fewest", "few"))
-    cases = unique([layer for layer in layers if layer.R in ranks], (90,))
-    return [case for case in cases if name_of(case) in ("routed_forward", "weight_partials")]
-
-
-def recomputed(d: int, numbers: str) -> list[Layer]:
-    """Layers that project all rows again in the backward pass: K0 of many rows."""
-    return layers_of(HEAVIEST[:1], d, numbers, x_t="recomputed")
-
-
-def in_parts(layers: Sequence[Layer], chips: Sequence[int | str]) -> list[Case]:
-    """K1 with its columns in parts, of layers with the fewest rows, on the chips that have it."""
-    cases = unique(layers, chips)
-    return [case for case in cases if case.specialisation.values.get("COLUMNS") == "parts"]
-
-
-def quick_cases() -> list[Case]:
-    """At most 200: every row of the tile tables, at each of its mixes once, its chips in turn.
-
-    And K1's columns in parts, at one mix; with hidden states in fp32 beside 16 bits, R = 64; and
-    with the image made along, R = 64 and 128.
-    """
-    cases = []
-    for numbers in ("bf16", "fp32"):
-        rows: dict[tuple[Any, ...], dict[int | str, Case]] = {}
-        layers = layers_of(HEAVIEST[:3], 768, numbers) + recomputed(768, numbers)
-        for case in unique(layers, CHIPS[numbers]):
-            s, values = case.specialisation, case.specialisation.values
-            is_matrix = values.get("MIX") == "matrix"
-            by_chip = rows.setdefault((s.kernel, is_matrix, case.layer.R, s.tile), {})
-            by_chip.setdefault(case.arch, case)
-        for i, by_chip in enumerate(rows.values()):
-            of_turn = list(by_chip.values())
-            cases.append(of_turn[i % len(of_turn)])
-    cases += in_parts(layers_of(HEAVIEST[:1], 768, "bf16", rows=("fewest",)), (90,))
-    mixed = [Layer("adapter", "rank1", "owned", 64, 768, "amp", rows, 0.0) for rows in ROWS]
-    cases += [case for case in unique(mixed, (90,)) if name_of(case) in ROW_KERNELS]
-    return cases + along("bf16", 768, 0.1, (64, 128)) + quick_p3_cases()
-
-
-def quick_p3_cases() -> list[Case]:
-    """Every tile of the product in both directions and layouts, where shared memory is least."""
-    rows: dict[tuple[Any, ...], Case] = {}
-    for numbers, chips in (("bf16", (86, 90)), ("fp32", (80,))):
-        for case in product_cases(numbers, chips, 256, (768,)):
-            s = case.specialisation
-            by_columns = s.values["SWN"] == 1
-            rows.setdefault((s.tile, s.types["seed_ptr"], by_columns), case)
-    return list(rows.values())
-
-
-def unique(layers: Sequence[Layer], chips: Sequence[int | str]) -> list[Case]:
-    """What these layers launch, for these chips, each once."""
-    cases: dict[tuple[Specialisation, int | str], Case] = {}
-    for layer in layers:
-        for chip in chips:
-            for s in launched_by(layer, chip // 10 if isinstance(chip, int) else None):
-                cases.setdefault((s, chip), Case(layer, s, chip))
-    return list(cases.values())
 
 
 def _keep_in(cache: str | None) -> None:
