@@ -73,7 +73,9 @@ class Routed(torch.autograd.Function):
                 "their gradients: use impl='reference' for second derivatives"
             )
         *tensors, x_t, x_v = ctx.saved_tensors
-        needs, t = ctx.needs_input_grad[3:], Inputs(*tensors)
+        # Hooks of saved tensors, such as offload them, may give them back with other strides.
+        t, needs = all_readable(Inputs(*tensors)), ctx.needs_input_grad[3:]
+        x_t, x_v = (None if made is None else readable(made) for made in (x_t, x_v))
         wanted = Wanted(*needs[:8])
         g = ops.backward(ctx.plan, t, ctx.longest, ctx.s, readable(dy), x_t, x_v, wanted)
         base_out = dy if needs[BASE_OUT] else None
@@ -135,9 +137,9 @@ def backward_op(
     g = ops.backward(
         ops.plan_for(f, t), t, longest, s, readable(dy), saved_x_t, saved_x_v, Wanted(*wanted)
     )
-    if f.image == "operand" and g.u is not None:
+    if f.image == "operand" and g.u is not None and wanted[2]:
         g = g._replace(u=g.u.clone())  # du and dw share memory, which outputs of operators may not
-    return _present(g, A)
+    return _present([t if is_wanted else None for t, is_wanted in zip(g, wanted, strict=True)], A)
 
 
 @backward_op.register_fake

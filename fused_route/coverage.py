@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .reference import Dropout
@@ -61,6 +62,36 @@ def emulates(device: torch.device) -> bool:
     return bool(knobs.runtime.interpret) or driver._active is not None
 
 
+def takes_derivatives() -> bool:
+    """Whether derivatives may be taken that kernels do not have: by torch.func, or forward mode."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def interpreter_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels with products of this dtype cannot run on this device, or None."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or _adds_bfloat16():
+        return None
+    return "Triton's interpreter computes with the bits of bfloat16 as if they were whole numbers"
+
+
+# As `device_obstacle`.
+interpreter_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _adds_bfloat16() -> bool:
+    """Whether Triton's interpreter, if there is one, finds that 1 + 1 is 2 (3.6 to 3.9 do not)."""
+    from triton import knobs, language
+
+    if not knobs.runtime.interpret:
+        return True
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    one = TensorHandle(np.array([0x3F80], np.uint16), language.bfloat16)
+    return bool(InterpreterBuilder().binary_op(one, one, np.add).data[0] == 0x4000)
+
+
 def obstacle(
     tensors: Mapping[str, Tensor | None],
     dtype: torch.dtype,
@@ -70,13 +101,15 @@ def obstacle(
 ) -> str | None:
     """Why the kernels do not cover a call whatever the device, or None.
 
-    `tensors` are the call's, by name, x_h and A among them; `dtype` is that of the products: that
-    of x_h, or autocast's.
+    `tensors` are the call's, by name, x_h, A and B among them; `dtype` is that of the products:
+    that of x_h, or autocast's.
     """
+    x_h, A, B = tensors["x_h"], tensors["A"], tensors["B"]
+    assert x_h is not None and A is not None and B is not None
     if torch.compiler.is_compiling():
-        tensors = {name: tensors[name] for name in ("x_h", "A")}
-    elif torch._C._are_functorch_transforms_active():
-        return "torch.func transforms need derivatives of any order"
+        tensors = {"x_h": x_h, "A": A}
+    elif takes_derivatives():
+        return "torch.func and forward mode need derivatives that kernels do not have"
     image = {}
     if routing_input is not None:
         image = {"x_r": routing_input.x_r, "x_v": routing_input.x_v}
@@ -89,8 +122,8 @@ def obstacle(
             return f"{name} is {tensor.dtype}, not one of {DTYPES}"
     if dtype not in DTYPES:
         return f"products are of {dtype}, not one of {DTYPES}"
-    x_h, A = tensors["x_h"], tensors["A"]
-    assert x_h is not None and A is not None
+    if x_h.shape[-1] == 0 or B.shape[0] == 0:
+        return f"x_h {tuple(x_h.shape)} or B {tuple(B.shape)} has no columns"
     if A.shape[0] > MAX_R:
         return f"R = {A.shape[0]} bottleneck columns are more than {MAX_R}"
     if x_h.shape[:-1].numel() > MAX_ROWS:

@@ -68,6 +68,7 @@ def takes_kernels(
         return False
     why_not = coverage.obstacle(tensors, dtype, routing, given, dropout)
     why_not = why_not or coverage.device_obstacle(device)
+    why_not = why_not or coverage.interpreter_obstacle(device, dtype)
     if impl == "triton" and why_not is not None:
         raise ValueError(
             f"impl='triton' cannot be honoured: {why_not}; use impl='reference' or 'auto'"
@@ -161,6 +162,8 @@ def run(
         row_sample, offsets = given.row_sample, given.offsets
         if f.image == "owned":
             x_r = one_vector(given.x_r, routing.pool)
+            if x_r.element_size() == 1:  # fp8, of which each chip loads some kinds or none
+                x_r = x_r.to(dtype)
         else:
             operand = prepared_operand(given, A, b_A, routing, f)
             f = f._replace(mix=operand.mix)

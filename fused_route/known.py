@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import autocasts
+from .coverage import takes_derivatives
 from .fused import Prepared, product_dtype, products
 from .reference import Dropout
 from .routing_input import RoutingInput
@@ -22,11 +23,11 @@ def signature(
 ) -> Any:
     """All that decides whether a call is sound and how it runs; None where nothing is kept.
 
-    Nothing is while a compiler traces, which keeps what it found itself, under torch.func, nor of
-    masks for dropout, which hold memory. What is not of the types it should be gets no signature,
-    but its checks.
+    Nothing is while a compiler traces, which keeps what it found itself, under torch.func and in
+    forward mode, nor of masks for dropout, which hold memory. What is not of the types it should be
+    gets no signature, but its checks.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or takes_derivatives():
         return None
     try:
         device: torch.device = tensors[0].device  # type: ignore[union-attr]

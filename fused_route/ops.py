@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import autocasts
 from .dropout import draw_seed as draw_seed
 from .dropout import keep_mask as keep_mask
 from .fusion import Fusion
@@ -284,10 +285,20 @@ def _input_gradient(
         return None, None
     if plan.f.base == "frozen":
         assert t.weight is not None
-        dx = dy @ t.weight
+        dx = product(dy, t.weight)
         return dx, dx
     dx = dy.new_empty(*dy.shape[:-1], plan.D, dtype=plan.x_dtype)
     return dx, dy if plan.f.base == "residual" else None
+
+
+def product(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy W in their own dtype, which K2 adds to: a backward pass may run under an autocast that its
+    forward pass did not.
+    """
+    if autocasts(dy.device):
+        with torch.autocast(dy.device.type, enabled=False):
+            return dy @ weight
+    return dy @ weight
 
 
 def _operand_gradients(
@@ -335,7 +346,7 @@ def _weights(
     dB = torch.empty_like(t.B) if wanted.B else None
     db_B = t.B.new_empty(plan.g * plan.N) if wanted.b_B else None
     if wanted.A or wanted.b_A or wanted.B or wanted.b_B:
-        dx_v, pairs, dx_r = of_image
+        dx_v, pairs, dx_r = of_image if wanted.A or wanted.b_A else NO_IMAGE
         has_x_r = dx_v is not None or pairs is not None
         A, offsets = (None, None) if pairs is None else (t.A, t.offsets)
         inputs = (

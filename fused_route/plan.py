@@ -266,17 +266,17 @@ class Plan:
             return found
         if len(self._sizes) >= MOST_SIZES:
             self._sizes.clear()
-        T = M // max(S, 1)
+        T = longest or M // max(S, 1)
         grids = []
         for name in ("forward", "backward"):
             BM = self.tiles[name].BM
-            by_sample = (S, cdiv(longest or T, BM), 1)  # no block holds rows of two samples
-            grids.append(by_sample if self.f.mix == "matrix" else (cdiv(M, BM), 1, 1))
+            blocks = S * cdiv(T, BM) if self.f.mix == "matrix" else cdiv(M, BM)
+            grids.append((blocks, 1, 1))
         pairs = cdiv(cdiv(M, self.tiles["backward"].BM) + S, 4) * 4  # the second starts aligned
-        blocks, of_sample, _ = grids[0]
+        blocks = grids[0][0]
         steps = cdiv(self.N, self.tiles["forward"].BN)
-        parts = kernels().config.parts(self.major, blocks * of_sample, steps)
-        forward_grid, rows = (blocks, of_sample, parts), (M, T, *self.dropout)
+        parts = kernels().config.parts(self.major, blocks, steps)
+        forward_grid, rows = (blocks, 1, parts), (M, T, *self.dropout)
         made = Sizes(M, S, T, pairs, forward_grid, grids[0], grids[1], rows)
         self._sizes[M, S, longest] = made
         return made

@@ -11,12 +11,14 @@ from .parts import (
     block_of_rows,
     bottleneck_tile,
     columns,
+    is_idle,
     kept,
     mix,
     mix_backward,
     plus_base,
     u_gradient,
     w_gradient,
+    zero_beyond,
 )
 
 
@@ -45,7 +47,7 @@ def up_backward(
                 mask=(n < N)[:, None] & own[None, :], other=0.0,
             )  # (BN, R_PAD), zero in the columns of other segments  # fmt: skip
             acc = tl.dot(dy.to(B.dtype), B, acc, input_precision=PRECISION)
-    return acc
+    return zero_beyond(acc, R, R_PAD)
 
 
 @triton.jit
@@ -143,6 +145,8 @@ def routed_backward(
     base is dy (residual), dx itself in place (what the base layer's own gradient put there), or
     none. Grid as K1. Bytes: dy, x_t, base, dx, dx_t and z once; A and B once a program.
     """
+    if is_idle(offsets_ptr, T, MIX, BM):
+        return
     row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)
     dz = up_backward(dy_ptr, B_ptr, row, inside, N, LDY, R, R_PAD, SEGMENTS, PRECISION, BM, BN) * s
     x_t = bottleneck_tile(x_t_ptr, row, inside, R, R_PAD)

@@ -10,6 +10,7 @@ from .parts import (
     block_of_rows,
     columns,
     down,
+    is_idle,
     mix,
     plus_base,
 )
@@ -85,6 +86,8 @@ def routed_bottleneck(
 
     Grid as K1. Bytes: x once, z and x_t (where it is given) once; A once a program.
     """
+    if is_idle(offsets_ptr, T, MIX, BM):
+        return
     row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)
     z = bottleneck(
         x_ptr, None, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, None, seed_ptr, row, inside, inside,
@@ -118,6 +121,8 @@ def routed_forward(
     each segment, and each makes z anew. Bytes: x, base and y once, x_t once; A and B once a
     program; in parts x and A once a part.
     """
+    if is_idle(offsets_ptr, T, MIX, BM):
+        return
     row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)
     start, stop, stored = 0, N, inside
     if COLUMNS == "parts":

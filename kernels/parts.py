@@ -12,25 +12,49 @@ import triton.language as tl
 
 
 @triton.jit
+def rows_of_sample(offsets_ptr, T, BM: tl.constexpr):
+    """The first row of this program, the end of its sample's rows, and the sample.
+
+    The first is not beyond the end, so that no number here exceeds M + BM, which fits 32 bits.
+    """
+    blocks = tl.cdiv(T, BM)
+    sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    start, stop = sample * T, sample * T + T
+    if offsets_ptr is not None:
+        start = tl.load(offsets_ptr + sample).to(tl.int32)
+        stop = tl.load(offsets_ptr + sample + 1).to(tl.int32)
+    start += tl.minimum(block * BM, stop - start)
+    return start, stop, sample
+
+
+@triton.jit
+def is_idle(offsets_ptr, T, MIX: tl.constexpr, BM: tl.constexpr):
+    """Whether this program of packed rows has none: with one long sample nearly all have none."""
+    idle = False
+    if MIX == "matrix":
+        if offsets_ptr is not None:
+            start, stop, _ = rows_of_sample(offsets_ptr, T, BM)
+            idle = start >= stop
+    return idle
+
+
+@triton.jit
 def block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX: tl.constexpr, BM: tl.constexpr):
     """The rows of this program, and the sample of each.
 
-    For "matrix", a grid (S, blocks of a sample): one program never holds rows of two samples. Else
-    a grid (blocks,) over all rows. Dense rows belong to sample row // T; packed rows have a code
+    A grid (blocks,) over all rows; for "matrix" (S · blocks of T rows,), T the most of a sample, so
+    that one program never holds rows of two: of packed samples most have fewer, and their last
+    programs no rows (`is_idle`). Dense rows belong to sample row // T; packed rows have a code
     each: the sample, or −1 − sample for padding, which passes unrouted.
 
     Returns:
         row (BM,) int64, inside (BM,), sample (BM,) int32, routed (BM,).
     """
     if MIX == "matrix":
-        block = tl.program_id(0).to(tl.int32)
-        start, stop = block * T, block * T + T
-        if offsets_ptr is not None:
-            start = tl.load(offsets_ptr + block).to(tl.int32)
-            stop = tl.load(offsets_ptr + block + 1).to(tl.int32)
-        row = start + tl.program_id(1) * BM + tl.arange(0, BM)
+        start, stop, own = rows_of_sample(offsets_ptr, T, BM)
+        row = start + tl.arange(0, BM)
         inside = row < stop
-        sample = tl.zeros([BM], tl.int32) + block
+        sample = tl.zeros([BM], tl.int32) + own
         routed = inside
         if row_sample_ptr is not None:
             routed = tl.load(row_sample_ptr + row, mask=inside, other=-1) >= 0
@@ -83,11 +107,20 @@ def kept_tile(
 
 
 @triton.jit
+def zero_beyond(sums, R: tl.constexpr, R_PAD: tl.constexpr):
+    """sums (BM, R_PAD) with zeros beyond column R: an infinity times the zeros there made NaN."""
+    if R != R_PAD:
+        sums = tl.where((tl.arange(0, R_PAD) < R)[None, :], sums, 0.0)
+    return sums
+
+
+@triton.jit
 def plus_bias(
     sums, b_A_ptr, seed_ptr, keep_scale, R: tl.constexpr, R_PAD: tl.constexpr
 ):  # fmt: skip
-    """sums / (1 − p) + b_A (BM, R_PAD), with the factor where there is dropout."""
+    """sums / (1 − p) + b_A (BM, R_PAD), with the factor where there is dropout; zero beyond R."""
     c = tl.arange(0, R_PAD)
+    sums = zero_beyond(sums, R, R_PAD)
     if seed_ptr is not None:
         sums = sums * keep_scale
     if b_A_ptr is not None:

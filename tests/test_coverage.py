@@ -1,11 +1,16 @@
 """Which calls the kernels take: `auto` chooses, `triton` refuses with the reason."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fused_route import (
     Dropout,
@@ -46,6 +51,8 @@ def test_what_kernels_do_not_cover_is_refused_by_name() -> None:
     refused("float64", **{k: v.double() for k, v in {"x_h": X_H, "A": A, "B": B}.items()})
     pairs = {"x_r": torch.randn(2, 3, 8), "route": Routing("mul", compat="eccv24")}
     refused("pairs visual with text tokens", **pairs)
+    empty = (torch.randn(2, 3, 0), torch.randn(4, 0), torch.randn(0, 4), torch.randn(2, 0))
+    refused("has no columns", **dict(zip(("x_h", "A", "B", "x_r"), empty, strict=True)))
     own = Route("own", lambda x_v: scale(x_v), published=lambda x_v: scale(x_v))
     refused("pairs visual", x_r=pairs["x_r"], route=Routing(own, compat="eccv24"))
 
@@ -57,10 +64,47 @@ class Shard(torch.Tensor):
 def test_kernels_read_plain_tensors_only() -> None:
     refused("A is a Shard", A=A.as_subclass(Shard))
     refused("x_h is a Shard", x_h=X_H.as_subclass(Shard))
-    tensors = {"x_h": X_H, "A": torch.nn.Parameter(A), "B": None}
+    tensors = {"x_h": X_H, "A": torch.nn.Parameter(A), "B": B, "b_A": None}
     assert coverage.obstacle(tensors, torch.float32, Routing("none"), None, 0.0) is None
     adapter(X_H, A, B, torch.randn(2, 8), impl="auto")  # a sound call vouches for plain ones only
     refused("A is a Shard", A=A.as_subclass(Shard))
+
+
+# torch 2.14 makes forward derivatives of products by it
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_forward_mode_takes_the_reference() -> None:
+    x_r = torch.randn(2, 8)
+    with mock.patch.object(coverage, "device_obstacle", return_value=None):
+        adapter(X_H, A, B, x_r)  # what is known of such a call is not used
+        with forward_ad.dual_level(), torch.no_grad():
+            dual = forward_ad.make_dual(X_H, torch.ones_like(X_H))
+            assert forward_ad.unpack_dual(adapter(dual, A, B, x_r)).tangent is not None
+            with pytest.raises(ValueError, match="forward mode"):
+                adapter(dual, A, B, x_r, impl="triton")
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+def test_an_interpreter_that_does_not_know_bfloat16(repaired: bool) -> None:
+    """Triton's own, which tests repair: without a word it would compute with bits."""
+    script = (
+        f"{'from interpreter import repair; repair()' if repaired else ''}\n"
+        "import torch; from fused_route import routed_adapter\n"
+        "def y(dtype, impl='triton'):\n"
+        "    torch.manual_seed(0)\n"
+        "    shapes = (2, 6, 8), (4, 8), (8, 4), (2, 8)\n"
+        "    x, A, B, x_r = (torch.randn(*s, dtype=dtype) for s in shapes)\n"
+        "    return routed_adapter(x, A, B, x_r, impl=impl).float()\n"
+        "for dtype in (torch.float16, torch.bfloat16):\n"
+        "    torch.testing.assert_close(y(dtype), y(dtype, 'reference'), rtol=.02, atol=.02)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+    if repaired:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert "ValueError: impl='triton' cannot be honoured: Triton's interpreter" in done.stderr
 
 
 def test_torch_func_takes_the_reference() -> None:

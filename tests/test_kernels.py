@@ -7,7 +7,17 @@ import pytest
 import torch
 from kernel_cases import BY_P3, DTYPES, HOSTS, KERNEL_ROUTES, Call, Layer, compared
 
-from fused_route import ROUTES, Route, Routing, identity, matrix, rank1, scale, shift
+from fused_route import (
+    ROUTES,
+    Route,
+    Routing,
+    identity,
+    matrix,
+    rank1,
+    routed_adapter,
+    scale,
+    shift,
+)
 from fused_route.reference import ACTIVATIONS
 from fused_route.testing import assert_as_good_as_eager
 
@@ -31,6 +41,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     "masked_one": {"Nv": 1, "is_masked": True},
     "packed": {"lengths": [4, 0, 9]},
     "packed_patches": {"Nv": 4, "lengths": [33, 5, 1], "is_masked": True},
+    "packed_one_long": {"Nv": 3, "lengths": [1, 2, 200]},  # most programs have no rows
 }
 
 
@@ -198,3 +209,13 @@ def test_any_gradients_may_be_wanted(host: str, only: str, kept: str, route: str
     frozen = others if kept == "alone" else (only,)
     for Nv in (1, 3):
         check(Layer(host, Nv=Nv), Call(Routing(route), frozen=frozen), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64], ids=str)
+def test_an_image_of_another_dtype(dtype: torch.dtype) -> None:
+    """Of 8 bits, which chips load some kinds of, and of 64."""
+    x_h, A, B = (torch.randn(*s) * s[-1] ** -0.5 for s in ((2, 5, 32), (8, 32), (32, 8)))
+    x_r = torch.randn(2, 32).to(dtype)
+    found = routed_adapter(x_h, A, B, x_r, impl="triton")
+    expected = routed_adapter(x_h, A, B, x_r, impl="reference")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -161,7 +161,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
     "dropout": set(),
     "fusion": {"routes", "routing"},
     "plan": {"dropout", "fusion", "kernels"},
-    "ops": {"dropout", "fusion", "plan"},
+    "ops": {"checks", "dropout", "fusion", "plan"},
     "autograd": {"__version__", "fusion", "ops", "plan"},
     "coverage": {"reference", "routes", "routing", "routing_input"},
     "fused": {
@@ -177,7 +177,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
         "routing",
         "routing_input",
     },
-    "known": {"checks", "fused", "reference", "routing_input"},
+    "known": {"checks", "coverage", "fused", "reference", "routing_input"},
     "arguments": {"checks", "routing", "routing_input"},
     "functional": {
         "arguments",
