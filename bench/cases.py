@@ -158,6 +158,13 @@ def steps() -> Iterator[Case]:
         yield step(model, host, "mul", 64, 2_000, features=features)
 
 
+def long() -> Iterator[Case]:
+    """As many rows in few samples, down to one: of vector operands, and of a matrix one."""
+    for (S, T), host in product(((16, 2048), (4, 8192), (1, 32_768)), ("adapter", "linear")):
+        for route, Nv in (("mul", 1), ("gram", 50)):
+            yield Case("op", host, route, 768, 64, S, T, Nv)
+
+
 def cpu() -> Iterator[Case]:
     """The paper's captioning shape in fp32, every host with every route, for a CPU in minutes."""
     for host, route in product(HOSTS, ROUTES):
@@ -210,7 +217,7 @@ def cpu_scaling() -> Iterator[Case]:
 
 GRIDS = {
     "headline": headline, "full": full, "models": models, "steps": steps, "scaling": scaling,
-    "cpu": cpu, "cpu-scaling": cpu_scaling, "smoke": smoke,
+    "long": long, "cpu": cpu, "cpu-scaling": cpu_scaling, "smoke": smoke,
 }  # fmt: skip
 
 

@@ -66,7 +66,7 @@ FLOOR = "floor (modelled)"
 
 def look(provider: str) -> tuple[str, str, str]:
     """Colour, marker and line style: the same in every figure of every run."""
-    spare = ("*", "p", "d", "8")
+    spare = ("*", "p", "d", "8", "1", "2")
     mark = spare[zlib.crc32(provider.encode()) % len(spare)]
     return LOOKS.get(provider, (OCHRE, mark, "-."))
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that is measured on one GPU, in parts that each end within eight minutes:
 #
-#     bench/gpu.sh [tests|ops|models|steps|memory|generate|profile|sanitize|all]
+#     bench/gpu.sh [tests|ops|long|models|steps|memory|generate|profile|sanitize|all]
 #
 # tests    the gpu-marked smoke tests
 # ops      the headline operations: every provider, three processes
+# long     32,768 rows in few samples, and with their gradients as before decision 57
 # models   layers and training steps
 # steps    a training step of each model family, image features cached and computed, in 150 s:
 #          torch.compile comes last, and what it had no time for is listed; a second call measures it
@@ -21,8 +22,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 part=${1:-all}
-case $part in tests|ops|models|steps|memory|generate|profile|sanitize|all) ;; *)
-    echo "bench/gpu.sh: part must be tests, ops, models, steps, memory, generate, profile, sanitize or all, got '$part'" >&2; exit 2;;
+case $part in tests|ops|long|models|steps|memory|generate|profile|sanitize|all) ;; *)
+    echo "bench/gpu.sh: part must be tests, ops, long, models, steps, memory, generate, profile, sanitize or all, got '$part'" >&2; exit 2;;
 esac
 
 WORK=${WORK:-runs/gpu}
@@ -30,6 +31,7 @@ OUT=${OUT:-runs/gpu-out}
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 HEADLINE=${HEADLINE:-headline}  # another grid for a rehearsal
+LONG=${LONG:-long}
 MODELS=${MODELS:-models}
 STEPS=${STEPS:-steps}
 GENERATE=${GENERATE:-}  # more options of python -m bench generate
@@ -43,6 +45,7 @@ done
 RESULT=$WORK/results.json
 FEW="--provider reference --provider compile-folded --provider matmul-order --provider fused --provider fused-along"
 EVERY="$FEW --provider published --provider peft --provider frozen --provider full"
+LONG_WAYS="--provider reference --provider compile-folded --provider fused --provider fused-serial"
 MODEL_WAYS="--provider reference --provider fused --provider peft --provider frozen"
 STEP_WAYS="--provider reference --provider fused --provider frozen --provider compile --last compile"
 failed=()
@@ -88,6 +91,7 @@ tests() {
         "${several[@]}" -m gpu tests/test_gpu.py tests/test_gpu_models.py
 }
 ops() { limited "$1" ops $(bench) --grid "$HEADLINE" --case 'op/*' --warm 8 --budget "$(($1 - 40))" "${@:2}"; }
+long() { limited "$1" long $(bench) --grid "$LONG" --warm 8 --budget "$(($1 - 40))" $LONG_WAYS; }
 models() { limited "$1" models $(bench) --grid "$MODELS" --budget "$(($1 - 60))" $MODEL_WAYS "${@:2}"; }
 # To compile a whole model takes up to a minute: all at once, and none begun in the last 35 s.
 steps() { limited "$1" steps $(bench) --grid "$STEPS" --warm 6 --budget "$(($1 - 35))" $STEP_WAYS "${@:2}"; }
@@ -141,6 +145,7 @@ trap summarise EXIT TERM INT
 case $part in
     tests) tests 440;;
     ops) ops 440 --processes 3 $EVERY;;
+    long) long 240;;
     models) models 440 --processes 2;;
     steps) steps 150 --processes 1 --seconds 0.3;;
     memory) memory 440;;

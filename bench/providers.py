@@ -7,9 +7,8 @@ yardstick computes less or more than the operation and is held to nothing.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +21,13 @@ from bench.models import WAYS
 from bench.operands import S_SCALE, Operands
 from bench.published import published
 from bench.subject import Subject
-from fused_route import coverage, known, ops, plan, routed_linear
+from fused_route import coverage, known, ops, routed_linear
+from fused_route.checks import MOST
 
 Make = Callable[[Operands], Subject]
 
 MANY_ROWS = 8192  # of kernels/config.py, which needs Triton
+LONG = 1024  # rows of a sample, from which on its operand's gradient may go another way
 
 
 @dataclass(frozen=True)
@@ -112,23 +113,36 @@ def _p1(o: Operands) -> Tensor:
     )  # fmt: skip
 
 
-def _along(o: Operands) -> Subject:
-    """The kernels without launches of their own for x_v and its gradient, by plans of its own."""
+def _trial(entries: Callable[[], dict[str, Any]]) -> Make:
+    """The kernels with other entries in `kernels.config`, by plans of its own."""
+
+    def make(o: Operands) -> Subject:
+        from bench.configured import configured
+
+        def forward() -> Tensor:
+            usual = ops._plan, known._KNOWN
+            ops._plan, known._KNOWN = plans, calls  # 0.2 µs; mock.patch takes 3.5
+            try:
+                return formulations.library(o)
+            finally:
+                ops._plan, known._KNOWN = usual
+
+        with configured(**entries()), torch.no_grad():
+            plans, calls = ops._plan, known._KNOWN
+            forward()  # plans hold what they were made with
+        return o.subject(lambda _: forward())
+
+    return make
+
+
+def _along() -> dict[str, Any]:
     from bench.configured import along_with_few_rows
 
-    plans, calls = cache(ops._plan.__wrapped__), dict[Any, Any]()
+    return {"image": along_with_few_rows}
 
-    def forward() -> Tensor:
-        usual = ops._plan, known._KNOWN
-        ops._plan, known._KNOWN = plans, calls  # 0.2 µs; mock.patch takes 3.5
-        try:
-            return formulations.library(o)
-        finally:
-            ops._plan, known._KNOWN = usual
 
-    with mock.patch.object(plan.kernels().config, "image", along_with_few_rows), torch.no_grad():
-        forward()  # plans hold what they were made with
-    return o.subject(lambda _: forward())
+def _serial() -> dict[str, Any]:
+    return {"LONG_VECTORS": MOST, "LONG_MATRICES": MOST}
 
 
 def _full(o: Operands) -> Subject:
@@ -161,7 +175,8 @@ PROVIDERS: dict[str, Provider] = {
     "peft": Provider("plain LoRA by PEFT, no routing", _peft, "lora"),
     "fused": Provider("the library's kernels", _way(formulations.library)),
     "fused-p1": Provider("the kernels by plan P1 alone", _way(_p1)),
-    "fused-along": Provider("the kernels without launches of the image's own", _along),
+    "fused-along": Provider("the kernels without launches of the image's own", _trial(_along)),
+    "fused-serial": Provider("the kernels with long samples as short ones", _trial(_serial)),
     "frozen": Provider("the base alone: y and dx", _frozen, ""),
     "full": Provider("the base's full fine-tuning: y, dx and dW", _full, ""),
 }  # fmt: skip
@@ -180,6 +195,8 @@ def obstacle(name: str, case: Case, device: torch.device) -> str | None:
         return "with many rows, and in fp32, the image has launches of its own"
     if name == "fused-along" and (case.route == "none" or case.Nv > 1):
         return "one visual vector a sample is made along"
+    if name == "fused-serial" and case.T < LONG:
+        return f"samples of fewer than {LONG} rows go one way"
     pairs = case.Nv > 1 and case.route in ("add", "mul", "expand")
     if name in ("published", "matmul-order") and pairs:
         return "written for one visual token there"

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import ops
 from .fusion import Fusion
+from .layout import is_readable, readable
 from .ops import Inputs
-from .plan import Plan, Wanted, is_readable, readable
+from .plan import Plan, Wanted
 
 # The first eight of `Inputs` have gradients, in the order of `Wanted`; that of base_out is dy.
 BASE_OUT = 10

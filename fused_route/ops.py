@@ -20,7 +20,8 @@ from .checks import autocasts
 from .dropout import draw_seed as draw_seed
 from .dropout import keep_mask as keep_mask
 from .fusion import Fusion
-from .plan import Plan, Sizes, Wanted, chosen_plan, is_many, layout_of, major_of, readable
+from .layout import layout_of, readable
+from .plan import Plan, Sizes, Wanted, chosen_plan, is_many, major_of
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .dropout import threshold
 from .fusion import Fusion
+from .layout import layout_of
 
 Grid = tuple[int, int, int]
 Numbers = tuple[int | float, ...]
@@ -64,30 +65,6 @@ def chosen_plan(f: Fusion, A: Tensor, N: int, M: int) -> str:
     return "p3" if f.base == "frozen" and is_faster else "p1"
 
 
-def layout_of(weight: Tensor) -> str | None:
-    """How a weight (o, d) lies in memory, for P3: its "rows" or its "columns" whole; None: else.
-
-    None too where loads of 16 bytes or offsets of 32 bits do not reach all of it.
-    """
-    if weight.data_ptr() & 15 or weight.numel() >> 31:
-        return None
-    if weight.is_contiguous():
-        return "rows"
-    return "columns" if weight.mT.is_contiguous() else None
-
-
-def is_readable(tensor: Tensor) -> bool:
-    """Whether a tensor is contiguous, at an address that loads of 16 bytes take."""
-    return tensor.is_contiguous() and not tensor.data_ptr() & 15
-
-
-def readable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where it is not readable."""
-    if is_readable(tensor):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
 class Wanted(NamedTuple):
     """Which gradients are to be computed."""
 
@@ -104,15 +81,18 @@ class Wanted(NamedTuple):
 class Sizes(NamedTuple):
     """What follows from M rows of S samples: T each, or packed and `longest` at most.
 
-    `pairs` counts the rows of the partial sums that K2 writes for one vector operand; `rows` are
-    the numbers that kernels over rows take, but for s. The grid of K1 has parts of columns on its
-    third axis, that of K1 up to the bottleneck has not.
+    `pairs` counts the rows of the partial sums that K2 writes for one vector operand, `is_long`
+    says whether a sample has many of them; the gradient of a matrix operand is summed in `splits`
+    of a sample's rows. `rows` are the numbers that kernels over rows take, but for s. The grid of
+    K1 has parts of columns on its third axis, that of K1 up to the bottleneck has not.
     """
 
     M: int
     S: int
     T: int
     pairs: int
+    is_long: bool
+    splits: int
     forward_grid: Grid
     bottleneck_grid: Grid
     backward_grid: Grid
@@ -190,8 +170,13 @@ class Plan:
         self._launch_routed({**self.to_segments, "SEGMENTS": f.segments, **mix}, x_dtype == dtype)
         self.bottleneck = self._launch("bottleneck", {**bottleneck, **mix})
         row_block = {"ROW_BLOCK": self.tiles["backward"].BM}
-        self.vectors = self._launch("vectors", {**bottleneck, **row_block})
-        self.matrices = self._launch("matrices", {"G": f.groups, "R": R, "FIRST": f.first})
+        by_pairs = {**bottleneck, **row_block}
+        self.vectors = self._launch("vectors", {**by_pairs, "PAIRS": 1})
+        at_once = kernels().config.SUMMED // R_PAD
+        self.vectors_of_one = self._launch("vectors", {**by_pairs, "PAIRS": at_once})
+        matrices = {"G": f.groups, "R": R, "FIRST": f.first}
+        self.matrices = self._launch("matrices", matrices)
+        self.matrices_in_splits = self._launch("matrices", matrices)  # writes fp32 in any dtype
         self.dropout = (threshold(f.p), 1.0 / (1.0 - f.p))
         self._sizes: dict[tuple[int, int, int], Sizes] = {}
         self._sums: dict[tuple[object, ...], Sums] = {}
@@ -277,7 +262,9 @@ class Plan:
         steps = cdiv(self.N, self.tiles["forward"].BN)
         parts = kernels().config.parts(self.major, blocks, steps)
         forward_grid, rows = (blocks, 1, parts), (M, T, *self.dropout)
-        made = Sizes(M, S, T, pairs, forward_grid, grids[0], grids[1], rows)
+        is_long = T >= kernels().config.LONG_VECTORS * self.tiles["backward"].BM
+        splits = self._splits(S, T)
+        made = Sizes(M, S, T, pairs, is_long, splits, forward_grid, grids[0], grids[1], rows)
         self._sizes[M, S, longest] = made
         return made
 
@@ -316,9 +303,10 @@ class Plan:
     ) -> None:
         """out (·, S, R) from K2's partial sums (·, pairs, R); dx_r = D ∘ (out A)."""
         S = sizes.S
-        grid = (cdiv(S, self.tiles["vectors"].BM), partial.shape[0], 1)
-        tensors = (partial, out, A, dx_r, seed, offsets)
-        self.vectors(dx_r is None, grid, tensors, (S, sizes.T, sizes.pairs, *self.dropout))
+        blocks = S if sizes.is_long else cdiv(S, self.tiles["vectors"].BM)
+        launch = self.vectors_of_one if sizes.is_long else self.vectors
+        tensors, numbers = (partial, out, A, dx_r, seed, offsets), (S, sizes.T, sizes.pairs)
+        launch(dx_r is None, (blocks, partial.shape[0], 1), tensors, (*numbers, *self.dropout))
 
     def matrix_gradients(
         self,
@@ -330,9 +318,29 @@ class Plan:
         offsets: Tensor | None,
     ) -> None:
         """dK (S, G, C, C) from x_t and dz (M, R)."""
-        tiles = cdiv(self.R // self.f.groups, self.tiles["matrices"].BN) ** 2
-        grid = (sizes.S, self.f.groups, tiles)
-        self.matrices(None, grid, (x_t, dz, dK, row_sample, offsets), (sizes.T,))
+        T, splits, BM = sizes.T, sizes.splits, self.tiles["matrices"].BM
+        grid = (sizes.S * splits, self.f.groups, self._matrix_tiles)
+        numbers = (T, cdiv(cdiv(T, splits), BM) * BM, splits)
+        if splits == 1:
+            self.matrices(None, grid, (x_t, dz, dK, row_sample, offsets), numbers)
+        else:
+            partial = dK.new_empty(splits, *dK.shape, dtype=torch.float32)
+            launch = self.matrices_in_splits
+            launch(None, grid, (x_t, dz, partial, row_sample, offsets), numbers)
+            dK.copy_(partial.sum(0))
+
+    @property
+    def _matrix_tiles(self) -> int:
+        """Programs of K's gradient for each sample and group."""
+        return cdiv(self.R // self.f.groups, self.tiles["matrices"].BN) ** 2
+
+    def _splits(self, S: int, T: int) -> int:
+        """In how many parts K's gradient takes a sample's rows: as K3, of four steps at least."""
+        config, step = kernels().config, self.tiles["matrices"].BM
+        if step * config.LONG_MATRICES > T:
+            return 1
+        programs = max(S, 1) * self.f.groups * self._matrix_tiles
+        return max(1, min(config.WEIGHT_PROGRAMS // programs, cdiv(T, 4 * step)))
 
     def sums(self, sizes: Sizes, wanted: Wanted, has_x_r: bool) -> Sums:
         """K3 and K4 for these rows and gradients."""

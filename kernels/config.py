@@ -73,7 +73,7 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
         (256, 2): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-        (64, 4): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
+        (64, 4): (Tile(16, 64, 4, 2, 96), Tile(16, 64, 4, 2, 96)),
         (128, 4): (Tile(16, 32, 4, 2, 128), Tile(16, 32, 4, 2, 128)),
         (256, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
     },
@@ -221,6 +221,13 @@ FORWARD_PROGRAMS: dict[int, int] = {9: 132}
 # program anew, instead of launches of their own; by major compute capability. Nowhere: two launches
 # of six are saved, and not one was timed on a GPU. {9: 2} is what is to be tried (decision 54).
 ALONG: dict[int, int] = {}
+
+# From so many steps through the rows of a sample on, the gradients of operands go another way: few
+# samples are few programs, and one of 32,768 rows took one of them 512 steps, of a second-level
+# cache's latency each. Vector operands then have a program a sample, which reads SUMMED elements of
+# partial sums at once; K's rows are split, as K3's are. Not timed (decision 57).
+LONG_VECTORS, LONG_MATRICES = 8, 16
+SUMMED = 4096
 
 # K4 has no matrix product, and one row.
 ADD = Tile(1, 1024, 4, 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import models, vision
-from bench.cases import MODEL_HOSTS, WIDTHS, Case, grid
+from bench.cases import GRIDS, MODEL_HOSTS, WIDTHS, Case, grid
 from bench.families import MODELS
 from bench.models import WAYS, Step, disagreement, subject, truth
 from bench.operands import DTYPES
@@ -315,7 +315,7 @@ def test_targets_exist_in_models_of_full_width(model: str, host: str) -> None:
 
 
 def test_every_case_of_the_grids_fits_its_model() -> None:
-    for name in ("full", "models", "steps", "headline", "cpu", "scaling", "cpu-scaling", "smoke"):
+    for name in GRIDS:
         for case in grid(name):
             if case.kind != "op":
                 models.check(case, "fused")

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from tile_tables import launched
+from tile_tables import launched, way_of
 from torch import Tensor
 
 from bench import formula, measure, profile, protocol, providers, results, run
@@ -81,7 +81,11 @@ def test_plain_lora_is_in_every_grid_with_a_base() -> None:
         (replace(few, route="gram", Nv=2), "one visual vector"),
     ):  # fmt: skip
         assert why in (providers.obstacle("fused-along", case, CPU) or "")
-    for name in ("fused-p1", "fused-along"):
+    short, long = (op("adapter", "mul", 768, 64, M) for M in (2_000, 32_768))
+    assert "one way" in (providers.obstacle("fused-serial", short, CPU) or "")
+    long = replace(long, S=4, T=8192)
+    assert providers.obstacle("fused-serial", long, CPU) == providers.obstacle("fused", long, CPU)
+    for name in ("fused-p1", "fused-along", "fused-serial"):
         assert not any(name in names for names in run.DEFAULT_PROVIDERS.values())
 
 
@@ -113,6 +117,20 @@ def test_the_kernels_with_and_without_launches_of_the_image() -> None:
             assert Gate(operands).worst(name, subject.results()) is not None
         launches[name] = len(kernels)
     assert launches == {"fused": 6, "fused-along": 4}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("Nv", [1, 3])
+def test_the_kernels_with_long_samples_as_short_ones(Nv: int) -> None:
+    pytest.importorskip("triton")
+    case = replace(TINY, S=1, T=providers.LONG, Nv=Nv, route="gram")
+    operands, ways = Operands.of_case(case, CPU), {}
+    for name in ("fused", "fused-serial"):
+        subject = PROVIDERS[name].make(operands)
+        with launched(way_of) as told:
+            assert Gate(operands).worst(name, subject.results()) is not None
+        ways[name] = {way for way in told if way is not None}
+    assert ways == {"fused": {"long"}, "fused-serial": {"short"}}
 
 
 @pytest.mark.slow

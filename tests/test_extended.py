@@ -10,7 +10,7 @@ from tile_tables import launched, on_compute_capability
 from torch import Tensor, nn
 
 from bench.configured import configured
-from fused_route import Routing, ops, plan, routed_linear
+from fused_route import Routing, layout, ops, routed_linear
 from fused_route.dropout import draw_seed
 from fused_route.fusion import Fusion
 from fused_route.kernels import config
@@ -132,10 +132,10 @@ def test_layouts_of_the_weight(layout: str, dtype: torch.dtype) -> None:
 
 def test_weights_of_two_to_the_31_elements_are_torchs() -> None:
     weight = torch.empty(1, dtype=torch.float16)
-    assert plan.layout_of(weight.expand(2**15, 2**15)) is None  # neither rows nor columns
-    assert plan.layout_of(untouched(2**15, 2**15)) == "rows"
-    assert plan.layout_of(untouched(2**15, 2**15).mT) == "columns"
-    assert plan.layout_of(untouched(2**16, 2**15)) is None
+    assert layout.layout_of(weight.expand(2**15, 2**15)) is None  # neither rows nor columns
+    assert layout.layout_of(untouched(2**15, 2**15)) == "rows"
+    assert layout.layout_of(untouched(2**15, 2**15).mT) == "columns"
+    assert layout.layout_of(untouched(2**16, 2**15)) is None
 
 
 @pytest.mark.parametrize("host", ["qkv_p3", "qv_p3"])

@@ -160,9 +160,10 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
     "reference": {"checks", "routes", "routing", "routing_input"},
     "dropout": set(),
     "fusion": {"routes", "routing"},
-    "plan": {"dropout", "fusion", "kernels"},
-    "ops": {"checks", "dropout", "fusion", "plan"},
-    "autograd": {"__version__", "fusion", "ops", "plan"},
+    "layout": set(),
+    "plan": {"dropout", "fusion", "kernels", "layout"},
+    "ops": {"checks", "dropout", "fusion", "layout", "plan"},
+    "autograd": {"__version__", "fusion", "layout", "ops", "plan"},
     "coverage": {"reference", "routes", "routing", "routing_input"},
     "fused": {
         "autograd",

@@ -27,7 +27,8 @@ from fused_route import (
     plan,
     routed_linear,
 )
-from fused_route.plan import Plan, layout_of
+from fused_route.layout import layout_of
+from fused_route.plan import Plan
 
 D, N, R = 16, 24, 4
 X_H, IMAGE = torch.randn(2, 5, D), torch.randn(2, 1, D)

@@ -1,6 +1,6 @@
 """The library with other tiles, and what it launches, for tests in Triton's interpreter."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -38,15 +38,30 @@ def on_compute_capability(major: int | None) -> Iterator[None]:
         yield
 
 
+def kernel_of(launch: Launch, numbers: Any) -> str:
+    """The name of the jitted function."""
+    return str(launch.kernel.fn.__name__)
+
+
+def way_of(launch: Launch, numbers: Any) -> str | None:
+    """The way of samples, "long" or "short", where the launch makes an operand's gradient."""
+    ways = {
+        "vector_gradient": lambda: launch.constants["PAIRS"] > 1,
+        "matrix_gradient": lambda: numbers[-1] > 1,
+    }
+    is_long = ways.get(kernel_of(launch, numbers))
+    return None if is_long is None else "long" if is_long() else "short"
+
+
 @contextmanager
-def launched() -> Iterator[list[str]]:
-    """The kernels of this block, in order."""
-    names: list[str] = []
+def launched(told: Callable[[Launch, Any], Any] = kernel_of) -> Iterator[list[Any]]:
+    """What is told of the launches of this block and of their numbers, in order."""
+    seen: list[Any] = []
     launch = Launch.__call__
 
-    def noted(self: Launch, *given: Any) -> None:
-        names.append(self.kernel.fn.__name__)
-        launch(self, *given)
+    def noted(self: Launch, absent: Any, grid: Any, tensors: Any, numbers: Any) -> None:
+        seen.append(told(self, numbers))
+        launch(self, absent, grid, tensors, numbers)
 
     with mock.patch.object(Launch, "__call__", noted):
-        yield names
+        yield seen

@@ -143,7 +143,7 @@ def in_parts(layers: Sequence[Layer], chips: Sequence[int | str]) -> list[Case]:
 
 
 def quick_cases() -> list[Case]:
-    """At most 200: every row of the tile tables, at each of its mixes once, its chips in turn.
+    """Every row of the tile tables, at each of its mixes once, its chips in turn.
 
     And K1's columns in parts, at one mix; with hidden states in fp32 beside 16 bits, R = 64; and
     with the image made along, R = 64 and 128.
@@ -155,7 +155,8 @@ def quick_cases() -> list[Case]:
         for case in unique(layers, CHIPS[numbers]):
             s, values = case.specialisation, case.specialisation.values
             is_matrix = values.get("MIX") == "matrix"
-            by_chip = rows.setdefault((s.kernel, is_matrix, case.layer.R, s.tile), {})
+            of_long = (values.get("PAIRS"), s.types.get("dK_ptr"))  # samples, another way
+            by_chip = rows.setdefault((s.kernel, is_matrix, case.layer.R, s.tile, of_long), {})
             by_chip.setdefault(case.arch, case)
         for i, by_chip in enumerate(rows.values()):
             of_turn = list(by_chip.values())

@@ -117,6 +117,8 @@ HOSTS = {
 
 # With the fewest the columns of K1 are in parts where a GPU has them, whatever the tile.
 ROWS = {"fewest": 16, "few": 4224, "many": 16384}
+# Of a sample at most: with many rows enough for kernels that take those of one another way.
+LONGEST = {"fewest": 16, "few": 64, "many": 16384}
 S = 4  # samples
 
 
@@ -200,7 +202,7 @@ class Layer:
 
 def launched_by(layer: Layer, major: int | None = None) -> dict[Specialisation, None]:
     """What one forward and one backward pass launch, on a GPU of this major compute capability."""
-    f, longest = layer.fusion(), ROWS[layer.rows]
+    f, longest = layer.fusion(), LONGEST[layer.rows]
     t = layer.inputs(f)
     with (
         recorded() as seen,
