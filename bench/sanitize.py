@@ -4,8 +4,8 @@
     python -m bench.sanitize summarise LOG…  counts the records of its logs, ours apart
 
 What the program itself printed under the sanitizer is in LOG, or beside LOG.txt in LOG.log.
-`bench/gpu.sh sanitize` does both. Without a sanitizer the program runs too, and in Triton's
-interpreter without a GPU.
+`bench/gpu.sh sanitize` does both. Without a sanitizer the program runs too; the tests run it without
+a GPU, in Triton's interpreter as they repair it.
 """
 
 import re
@@ -82,6 +82,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     "": {},
     "tiles for many rows": {"MANY_ROWS": 1},
     "image along": {"image": along_with_few_rows},
+    "long samples": {"LONG_VECTORS": 1, "LONG_MATRICES": 1},
 }
 UNIT = {"normalize": "unit"}  # u and w are then given to the kernels, not made by them
 CASES = (
@@ -94,6 +95,8 @@ CASES = (
     Case(Layer("adapter", "mul"), samples=5, tokens=61, rank=40, trial="tiles for many rows"),
     Case(Layer("adapter", "mul", dropout=P, trains_image=True), trial="image along"),
     Case(Layer("qkv", "gram", trains_image=True), is_packed=True, trial="image along"),
+    Case(Layer("qkv", "mul", trains_image=True), samples=2, tokens=150, trial="long samples"),
+    Case(Layer("adapter", "gram", Nv=3), "fp32", samples=2, tokens=150, trial="long samples"),
     Case(Layer("linear", "gram"), "fp32", samples=5, tokens=61, modes=UNIT),
     Case(Layer("qkv", "gram", Nv=3, dropout=P), "fp32"),
     Case(Layer("adapter", "gram", trains_image=True), rank=140),  # the loops over a wide bottleneck

@@ -77,6 +77,10 @@ if ON_GPU:
         op("adapter", "gram", 1024, 128, 2_000, Nv=197),
         op("linear", "gram", 768, 256, 2_000, Nv=36),
         op("qkv", "gram_relu", 1024, 128, 10_240, Nv=36),
+        Case("op", "adapter", "mul", 768, 64, 1, 9001),  # few long samples
+        Case("op", "linear", "gram_relu", 768, 64, 3, 3000),
+        Case("op", "qkv", "gram", 768, 64, 2, 4500, Nv=36),
+        Case("op", "adapter", "gram", 720, 48, 1, 9001, Nv=5, dtype="fp32"),
     ]
 REPEATS = 10 if ON_GPU else 1
 # Offsets of x, or of y, beyond 2³¹ elements.
