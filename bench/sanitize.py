@@ -4,8 +4,8 @@
     python -m bench.sanitize summarise LOG…  counts the records of its logs, ours apart
 
 What the program itself printed under the sanitizer is in LOG, or beside LOG.txt in LOG.log.
-`bench/gpu.sh sanitize` does both. Without a sanitizer the program runs too; the tests run it without
-a GPU, in Triton's interpreter as they repair it.
+`bench/gpu.sh sanitize` does both. Without a sanitizer the program runs too; tests run it without a
+GPU, in Triton's interpreter as they repair it.
 """
 
 import re
