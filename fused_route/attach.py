@@ -20,6 +20,7 @@ from .context import RoutingContext, VisualProjector, own_context
 from .fold import merge
 from .freezing import saved
 from .functional import IMPLS, PLANS, Impl, ProductPlan
+from .modules import AdaptedModule
 from .routing_input import RoutingInput
 from .targets import find_targets
 from .text import follow
@@ -169,6 +170,9 @@ class Attached:
             hook.remove()
         self.context.together.remove(self.layers.values())
         for name, module in before.modules.items():
+            adapted = self.model.get_submodule(name)
+            if isinstance(adapted, AdaptedModule):
+                adapted.recorders.give_back(module)
             _put(self.model, name, module)
         if self.projector is not None:
             delattr(self.model, PROJECTOR)
@@ -301,6 +305,8 @@ def _attach(
         for name in target.names:
             before.modules[name] = target.module
             _put(model, name, module)
+        if isinstance(module, AdaptedModule):
+            module.recorders.take(target.module)
     for name in before.saved:
         tensor = _tensor(model, name)
         tensor.requires_grad_(isinstance(tensor, nn.Parameter) and tensor.is_floating_point())

@@ -13,6 +13,7 @@ from .bottleneck import NO_MORE, Bottleneck, More, Routed
 from .checks import finite, one_of, shown, truth
 from .context import RoutingContext
 from .functional import PLANS, Impl, ProductPlan, routed_adapter, routed_linear
+from .recording import Recorders
 from .reference import ACTIVATIONS
 from .routes import Route
 from .routing import Routing
@@ -318,6 +319,7 @@ class AdaptedModule(nn.Module):
         self.base = base
         self.adapter = adapter
         self.position = position
+        self.recorders = Recorders()
 
     def __getattr__(self, name: str) -> Any:
         # Models look at weight, in_features and other attributes of what is adapted here.
@@ -329,10 +331,17 @@ class AdaptedModule(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        base = self.base
+        if base._forward_hooks:
+            self.recorders.take(base)
         if self.position == "after":
-            return behind(self.adapter, self.base(*args, **kwargs))
-        args, kwargs = in_front(self.adapter, self.adapter.label, (args, kwargs))
-        return self.base(*args, **kwargs)
+            out = behind(self.adapter, base(*args, **kwargs))
+        else:
+            inside, more = in_front(self.adapter, self.adapter.label, (args, kwargs))
+            out = base(*inside, **more)
+        if self.recorders.hooks:
+            self.recorders.run(self, args, out)
+        return out
 
 
 def in_front(adapter: Callable[[Tensor], Tensor], label: str, call: More) -> More:

@@ -191,6 +191,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
         "routing_input",
     },
     "bases": {"checks"},
+    "recording": set(),
     "bottleneck": {
         "checks",
         "context",
@@ -208,6 +209,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
         "checks",
         "context",
         "functional",
+        "recording",
         "reference",
         "routes",
         "routing",
@@ -244,6 +246,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
         "fold",
         "freezing",
         "functional",
+        "modules",
         "routing_input",
         "targets",
         "text",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..bottleneck import NO_REPLICAS, Bottleneck, Routed
 from ..config import HOSTS
 from ..modules import AdapterCall, LinearCall, behind, in_front
+from ..recording import Recorders
 
 # Attributes of a layer that are no parameters.
 SETTINGS = {
@@ -204,13 +205,24 @@ class RoutedAdapterLayer(RoutedTunerLayer):
         dict.fromkeys(w.split(".")[0] for w in HOSTS["adapter"].tensors.values())
     )
 
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.recorders = Recorders()
+        self.recorders.take(base_layer)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        views = self.active_views()
+        views, base = self.active_views(), self.base_layer
+        if base._forward_hooks:
+            self.recorders.take(base)
+        call = args, kwargs
         for view in views:
             if view.position == "before":
-                args, kwargs = in_front(view.call, view.label, (args, kwargs))
-        out = self.base_layer(*args, **kwargs)
+                call = in_front(view.call, view.label, call)
+        inside, more = call
+        out = base(*inside, **more)
         for view in views:
             if view.position == "after":
                 out = behind(view.call, out)
+        if self.recorders.hooks:
+            self.recorders.run(self, args, out)
         return out

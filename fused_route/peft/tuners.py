@@ -134,6 +134,8 @@ class _RoutedModel(BaseTuner):
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         # Layers are made on their base's device, and a base may have no weight to take over.
+        if isinstance(child, RoutedAdapterLayer):
+            child.recorders.give_back(child.base_layer)
         setattr(parent, child_name, new_module)
 
     def unload(self) -> nn.Module:
