@@ -150,6 +150,8 @@ def check_tensors(
     x_h: Tensor, needed: Mapping[str, Tensor | None], others: Mapping[str, Tensor | None]
 ) -> None:
     """Tensors of one device, and of one dtype unless autocast converts them; else a ValueError."""
+    if isinstance(x_h, Tensor) and x_h.is_nested and x_h.layout is torch.strided:
+        raise ValueError("x_h must have a shape (B, …, d), got a nested tensor: pad it")
     if not isinstance(x_h, Tensor) or x_h.dim() < 2 or not x_h.is_floating_point():
         raise ValueError(f"x_h must be a floating-point tensor (B, …, d), got {shown(x_h)}")
     for name, tensor in {**needed, **others}.items():

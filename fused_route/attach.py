@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import __version__, checkpoint
 from .bottleneck import Bottleneck
-from .build import PROJECTOR, Builder, build_projector
+from .build import PROJECTOR, Builder, Padded, build_projector, padded
 from .card import write_card
 from .checks import one_of, truth
 from .config import HOSTS, RoutedConfig, identity_of
@@ -35,7 +35,7 @@ class _Before:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
-    hooks: list[RemovableHandle] = field(default_factory=list)
+    hooks: list[RemovableHandle | Padded] = field(default_factory=list)
 
 
 class Attached:
@@ -295,9 +295,10 @@ def _attach(
     widths = {layer.d for _, layer in built}
     projector = build_projector(model, config, widths, context, targets[0].module)
 
-    before.hooks = follow(model, config, targets, context)
+    before.hooks += follow(model, config, targets, context)
 
     # Nothing is refused from here on.
+    before.hooks += padded(model, targets)
     before.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     before.buffers = {name: b.clone() for name, b in model.named_buffers()}
     model.requires_grad_(False)

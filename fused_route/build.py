@@ -1,5 +1,6 @@
 """From a configuration and a target to the module that takes its place."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,9 +49,7 @@ class Builder:
             module, layer = _HOSTS[self.config.host](self, target)
         except ValueError as error:
             raise ValueError(f"target {name}: {error}") from None
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            # In evaluation it would read the weight too; it calls its modules if one has a hook.
-            module.register_forward_pre_hook(_called)
+        keep_called(parent, module)
         module.training = layer.training = target.module.training
         return module, layer
 
@@ -133,8 +132,47 @@ class _Weight:
     weight: nn.Parameter | None
 
 
+def keep_called(parent: nn.Module, module: nn.Module) -> None:
+    """Has torch's encoder layer call a part of it in evaluation too, where it would read weights.
+
+    It calls its parts if one of them has a hook.
+    """
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        module.register_forward_pre_hook(_called)
+
+
 def _called(*_: Any) -> None:
     """A hook that does nothing but make torch call the module."""
+
+
+class Padded:
+    """Has an nn.TransformerEncoder hand on padded batches, until it is removed.
+
+    With a padding mask, in evaluation, it would make nested tensors of them, for layers that read
+    weights.
+    """
+
+    def __init__(self, encoder: nn.TransformerEncoder) -> None:
+        self.encoder = encoder
+        encoder.use_nested_tensor = False
+
+    def remove(self) -> None:
+        """The encoder is as it was."""
+        self.encoder.use_nested_tensor = True
+
+
+def padded(model: nn.Module, targets: list[Target]) -> list[Padded]:
+    """The encoders around targets that would hand on nested tensors, kept from it."""
+    around = (
+        model.get_submodule(name[:end])
+        for target in targets
+        for name in target.names
+        for end in (0, *(dot.start() for dot in re.finditer(r"\.", name)))
+    )
+    encoders = dict.fromkeys(
+        module for module in around if isinstance(module, nn.TransformerEncoder)
+    )
+    return [Padded(encoder) for encoder in encoders if getattr(encoder, "use_nested_tensor", False)]
 
 
 def build_projector(

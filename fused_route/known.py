@@ -54,7 +54,7 @@ def signature(
                     key += t.__class__, t.shape, t.dtype, t.device
         signature = tuple(key)
         hash(signature)
-    except (AttributeError, TypeError):
+    except (AttributeError, RuntimeError, TypeError):  # the second: a nested tensor has no shape
         return None
     return signature
 

@@ -203,7 +203,7 @@ class AdapterCall(Routed):
         self, x_h: Tensor, A: Tensor, b_A: Tensor | None, more: More = NO_MORE, **arguments: Any
     ) -> Tensor:
         """The adapter with this down-projection: `routed_adapter`, and the norm before or after."""
-        if isinstance(x_h, Tensor) and x_h.shape[-1:] != (self.d,):
+        if isinstance(x_h, Tensor) and (x_h.dim() == 0 or x_h.size(-1) != self.d):
             raise ValueError(f"x_h must be (…, {self.d}) for {self.label}, got {shown(x_h)}")
         y = routed_adapter(
             self._normed(x_h) if self.norm == "before" else x_h,

@@ -210,32 +210,6 @@ def test_self_gram_reads_the_future_so_decoders_refuse_it() -> None:
         assert attached.model(IDS)[0].isfinite().all()
 
 
-class Encoder(nn.Module):
-    """torch's own layer, which in evaluation reads weights instead of calling its modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-@pytest.mark.parametrize("host", ["lora", "adapter"])
-def test_torchs_encoder_layer_calls_the_routed_layer_in_evaluation_too(host: str) -> None:
-    model, x = Encoder(), torch.randn(2, 3, 8)
-    plain = model.eval()(x)
-    attached = attach(model, RoutedConfig(["linear1" if host == "lora" else "linear2"], host=host))
-    for layer in attached.layers.values():
-        nn.init.normal_(layer.B)
-    with attached.using(torch.randn(2, 8)), torch.no_grad():
-        training, evaluation = model.train()(x), model.eval()(x)
-    torch.testing.assert_close(training, evaluation)
-    assert not torch.allclose(evaluation, plain)
-    attached.detach()
-    assert torch.equal(model(x), plain)
-
-
 @pytest.mark.parametrize("clear", ["using", "sticky"])
 def test_gradient_checkpointing_of_a_hugging_face_model(clear: str) -> None:
     model = bert().train()

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_attach import IDS, Encoder, bert
+from test_attach import IDS, bert
+from test_torch_encoders import Inside
 from torch import Tensor, nn
 
 from fused_route import Route, RoutedConfig, RoutingContext, attach, shift
@@ -88,7 +89,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: attach(Nested(), RoutedConfig(["outer", "inner"])), "outer.inner inside outer"
     ),
     "attention": (
-        lambda: attach(Encoder(), RoutedConfig(["out_proj"])), "reads its weight and never calls"
+        lambda: attach(Inside(), RoutedConfig(["out_proj"])), "reads its weight and never calls"
     ),
     "sequential": (
         lambda: attach(nn.Sequential(nn.Linear(8, 8)), RoutedConfig(["0"], visual_width=5)),

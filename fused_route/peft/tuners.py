@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..attach import checkpoint_activations as turn_on
-from ..build import PROJECTOR, Builder, build_projector
+from ..build import PROJECTOR, Builder, build_projector, keep_called, padded
 from ..config import RoutedConfig
 from ..context import RoutingContext, own_context
 from ..targets import Target, find_targets
@@ -48,6 +48,7 @@ class _RoutedModel(BaseTuner):
     layer: type[RoutedTunerLayer]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     _hooks: Any = ()
+    _padded: Any = ()
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -68,6 +69,7 @@ class _RoutedModel(BaseTuner):
         self._context = self._find_context(model)
         self._widths: set[int] = set()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._padded = [*self._padded, *padded(model, self._targets)]
         if not self._hooks:
             self._hooks = follow(model, self._routed, self._targets, self._context)
         self._add_projector(model, self._widths, config.inference_mode)
@@ -128,6 +130,7 @@ class _RoutedModel(BaseTuner):
             for parameter in new.views[adapter_name].parameters():
                 parameter.requires_grad_(False)
         if not is_ours:
+            keep_called(parent, new)
             self._replace_module(parent, target_name, new, target)
 
     def _replace_module(
@@ -140,7 +143,7 @@ class _RoutedModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model without any routed layer, bit for bit as it was."""
-        for hook in self._hooks:
+        for hook in (*self._hooks, *self._padded):
             hook.remove()
         if hasattr(self, PROJECTOR):
             self._context.projector = None
