@@ -20,7 +20,7 @@ KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py kernel_d
 	bench_tune.py down.py samples.py fold.py positions.py together.py drawn_kernels.py not_finite.py zero_sizes.py plan.py extended.py \
 	column_parts.py residual_product.py image_along.py kernel_backward.py long_samples.py coverage.py)
 HUGGING_FACE_TESTS := $(addprefix tests/test_,peft.py peft_configs.py vlm.py vlm_generate.py towers.py visual_tokens.py vlm_training.py \
-	distributed.py quantised.py card.py huggingface_docs.py attach.py checkpoint.py text.py)
+	peft_half.py recording.py torch_encoders.py distributed.py quantised.py card.py huggingface_docs.py attach.py checkpoint.py text.py)
 
 .PHONY: help setup demo demo-full demo-bundle study docs docs-built docs-current test test-all test-oldest test-quantised test-pythons \
 	test-plain lint types clean

@@ -196,4 +196,8 @@ def build_projector(
         )
     projector = VisualProjector(config.visual_width, widths)
     projector.requires_grad_(config.projector == "trainable").train(model.training)
-    return projector.to(**weight_kind(like))
+    kind = weight_kind(like)
+    if any(parameter.is_meta for parameter in projector.parameters()):
+        # PEFT's low_cpu_mem_usage: the values are still to come, from a file.
+        return projector.to(dtype=kind["dtype"])
+    return projector.to(**kind)

@@ -301,30 +301,6 @@ def test_an_image_folds_in(config: Any) -> None:
         model(IDS[:1])
 
 
-HALF: dict[str, Any] = {
-    "lora": lora("bert", "gram unit"),
-    "adapter": adapter("bert"),
-    "norm before": adapter("bert", norm="before"),
-    "norm after": adapter("bert", norm="after", residual=False),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", HALF)
-def test_half_precision_models_keep_adapters_in_fp32(kind: str, dtype: torch.dtype) -> None:
-    model = peft.get_peft_model(MODELS["bert"]().to(dtype), copy.deepcopy(HALF[kind]))
-    trained = {n: p for n, p in drawn(model).named_parameters() if p.requires_grad}
-    assert trained and all(p.dtype == torch.float32 for p in trained.values())
-    model.add_adapter("second", copy.deepcopy(HALF[kind]))
-    model.base_model.set_adapter(["default", "second"])
-    y = run(model, image=IMAGE.to(dtype))
-    assert y.dtype == dtype and y.isfinite().all()
-    exact = run(copy.deepcopy(model).float(), image=IMAGE.to(dtype).float())
-    torch.testing.assert_close(y.float(), exact, rtol=0.1, atol=0.1)
-    y[..., 0].float().square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
-
-
 @pytest.mark.parametrize("way", ["ours", "raw"])
 def test_gradient_checkpointing(way: str) -> None:
     model = drawn(peft.get_peft_model(MODELS["bert"](), lora("bert"))).train()

@@ -100,6 +100,14 @@ class _RoutedModel(BaseTuner):
         self._context.projector = projector
         setattr(self, PROJECTOR, projector)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        projector = getattr(self, PROJECTOR, None)
+        if projector is not None and autocast_adapter_dtype:
+            for parameter in projector.parameters():
+                if parameter.dtype.itemsize < 4:  # GradScaler takes no fp16 gradients
+                    parameter.data = parameter.data.float()
+
     def _find_layers(self) -> Iterator[tuple[str, Any]]:
         for name, module in self.model.named_modules():
             if isinstance(module, RoutedTunerLayer):
