@@ -1,6 +1,7 @@
 """The two layers as modules; the functions do the rest."""
 
 from collections.abc import Callable
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -302,8 +303,9 @@ class AdaptedModule(nn.Module):
     """A module of a model with an adapter behind it, y = adapter(base(…)), or in front of it.
 
     Args:
-        base: the module. Where it returns a tuple, the first element is adapted; in front, the
-            keyword argument hidden_states, or else the first argument.
+        base: the module. Behind it, the tensor that it returns is adapted, the first of a tuple or
+            list, or the last_hidden_state of a dataclass (transformers' ModelOutput), whose other
+            fields stay; in front, the keyword argument hidden_states, or else the first argument.
         adapter: the adapter; may be shared with other modules.
         position: "after" or "before" the base.
     """
@@ -331,13 +333,13 @@ class AdaptedModule(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        base = self.base
+        base, adapter = self.base, self.adapter
         if base._forward_hooks:
             self.recorders.take(base)
         if self.position == "after":
-            out = behind(self.adapter, base(*args, **kwargs))
+            out = behind(adapter, adapter.label, base(*args, **kwargs))
         else:
-            inside, more = in_front(self.adapter, self.adapter.label, (args, kwargs))
+            inside, more = in_front(adapter, adapter.label, (args, kwargs))
             out = base(*inside, **more)
         if self.recorders.hooks:
             self.recorders.run(self, args, out)
@@ -357,6 +359,23 @@ def in_front(adapter: Callable[[Tensor], Tensor], label: str, call: More) -> Mor
     return (adapter(args[0]), *args[1:]), kwargs
 
 
-def behind(adapter: Callable[[Tensor], Tensor], out: Any) -> Any:
-    """What a module returned, its hidden states, the first of several, adapted."""
-    return (adapter(out[0]), *out[1:]) if isinstance(out, tuple) else adapter(out)
+def behind(adapter: Callable[[Tensor], Tensor], label: str, out: Any) -> Any:
+    """What a module returned, of the same type, the hidden states in it adapted."""
+    if isinstance(out, Tensor):
+        return adapter(out)
+    is_sequence = isinstance(out, (tuple, list))
+    if is_sequence:
+        states = out[0] if out else None
+    else:
+        states = getattr(out, "last_hidden_state", None) if is_dataclass(out) else None
+    if not isinstance(states, Tensor):
+        inside = f", the first of it {type(out[0]).__name__}" if is_sequence and out else ""
+        raise ValueError(
+            f"{label} returned {type(out).__name__}{inside}: an adapter stands behind modules that "
+            "return a tensor, a tuple or list whose first element is one, or a dataclass such as "
+            "transformers' ModelOutput with a last_hidden_state"
+        )
+    if not is_sequence:
+        return replace(out, last_hidden_state=adapter(states))
+    made = (adapter(states), *out[1:])
+    return made if type(out) is tuple else getattr(out, "_make", type(out))(made)

@@ -2,13 +2,15 @@
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
 from fused_route import (
@@ -109,19 +111,64 @@ def test_an_integer_weight_and_further_arguments() -> None:
         torch.testing.assert_close(layer(x_h, 2.0, plus=1.0), 2 * x_h + 1, rtol=0, atol=0)
 
 
-class Pair(nn.Linear):
+class Named(NamedTuple):
+    states: Tensor
+    rest: str
+
+
+class Returning(nn.Linear):
+    """That returns its states in something."""
+
+    def __init__(self, put: Callable[[Tensor], Any]) -> None:
+        super().__init__(D, D)
+        self.put = put
+
     def forward(self, x: Tensor) -> Any:
-        return super().forward(x), "weights"
+        return self.put(super().forward(x))
 
 
-def test_adapted_module_adapts_the_first_of_a_tuple() -> None:
-    base, adapter = Pair(D, D), RoutedAdapter(D, 4)
+# How a module returns its states, and how they are taken out again.
+RETURNED: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tensor": (lambda h: h, lambda out: out),
+    "tuple": (lambda h: (h, "rest"), lambda out: out[0]),
+    "list": (lambda h: [h, "rest"], lambda out: out[0]),
+    "named tuple": (lambda h: Named(h, "rest"), lambda out: out.states),
+    "structseq": (lambda h: torch.return_types.sort((h, h.long())), lambda out: out.values),
+    "ModelOutput": (
+        lambda h: BaseModelOutput(last_hidden_state=h),
+        lambda out: out["last_hidden_state"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RETURNED)
+def test_adapted_module_returns_what_its_base_does(kind: str) -> None:
+    put, take = RETURNED[kind]
+    base, adapter = Returning(put), RoutedAdapter(D, 4)
     nn.init.normal_(adapter.B)
     adapted, x_h = AdaptedModule(base, adapter), torch.randn(2, 3, D)
     with adapter.context.using(torch.randn(2, D)):
-        states, rest = adapted(x_h)
-        assert rest == "weights" and torch.equal(states, adapter(base(x_h)[0]))
+        plain, out = base(x_h), adapted(x_h)
+        assert type(out) is type(plain) and torch.equal(take(out), adapter(take(plain)))
+    if kind in ("tuple", "list", "named tuple"):
+        assert out[1] == "rest"
     assert (adapted.in_features, adapted.out_features) == (D, D)
+
+
+@pytest.mark.parametrize(
+    ("put", "given"),
+    [
+        (lambda h: {"h": h}, "returned dict:"),
+        (lambda h: (), "returned tuple:"),
+        (lambda h: ((h,), h), "returned tuple, the first of it tuple:"),
+        (lambda h: BaseModelOutput(attentions=(h,)), "returned BaseModelOutput:"),
+    ],
+)
+def test_what_holds_no_states_is_refused(put: Callable[[Tensor], Any], given: str) -> None:
+    adapter = RoutedAdapter(D, 4)
+    adapter.label = "encoder"
+    with pytest.raises(ValueError, match=f"^encoder {given}.{{,250}}$"):
+        AdaptedModule(Returning(put), adapter)(torch.randn(2, 3, D))
 
 
 def test_adapter_starts_as_the_identity() -> None:

@@ -222,7 +222,7 @@ class RoutedAdapterLayer(RoutedTunerLayer):
         out = base(*inside, **more)
         for view in views:
             if view.position == "after":
-                out = behind(view.call, out)
+                out = behind(view.call, view.label, out)
         if self.recorders.hooks:
             self.recorders.run(self, args, out)
         return out
