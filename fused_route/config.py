@@ -97,7 +97,8 @@ class RoutedConfig:
 
     Args:
         target_modules: a regular expression that the whole name of a module must match, or a
-            sequence of names and suffixes ("query" stands for every "….query").
+            sequence of names and suffixes ("query" stands for every "….query"); or "all-linear",
+            every nn.Linear and Conv1D but the output embedding and what is in modules_to_save.
         host: "lora", a `RoutedLinear` in place of each target; "adapter", a `RoutedAdapter` after
             or before each target.
         r: rank.
@@ -164,7 +165,9 @@ class RoutedConfig:
         for name, accept in ACCEPT.items():
             object.__setattr__(self, name, accept(name, getattr(self, name)))
         if not self.target_modules:
-            raise ValueError("target_modules is empty: name the modules to adapt")
+            raise ValueError(
+                "target_modules is empty: name the modules to adapt, or say 'all-linear'"
+            )
         reads_index = self.share == "block" or "norms" in (self.train or ())
         if self.layers_pattern and self.layers_to_transform is None and not reads_index:
             raise ValueError(

@@ -10,6 +10,8 @@ from torch import nn
 from .checks import shown
 from .config import RoutedConfig
 
+ALL_LINEAR = "all-linear"
+
 
 @dataclass(frozen=True)
 class Target:
@@ -35,8 +37,10 @@ def find_targets(model: nn.Module, config: RoutedConfig) -> list[Target]:
     listed = () if isinstance(config.target_modules, str) else config.target_modules
     missed = set(listed)
     unrouted = tuple(_unrouted(model))
+    linear = _linear(model, config) if config.target_modules == ALL_LINEAR else None
     for name, module in model.named_modules(remove_duplicate=False):
-        if not name or not is_named(name, config.target_modules):
+        is_meant = is_named(name, config.target_modules) if linear is None else name in linear
+        if not name or not is_meant:
             continue
         if f"{name}.".startswith(unrouted):
             continue
@@ -66,6 +70,25 @@ def _unrouted(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         for child in getattr(module, "unrouted", ()):
             yield f"{name}.{child}.".removeprefix(".")
+
+
+def _linear(model: nn.Module, config: RoutedConfig) -> set[str]:
+    """Names of all linear layers, but the output embedding and what is in modules_to_save."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    kinds = (nn.Linear,) if pytorch_utils is None else (nn.Linear, pytorch_utils.Conv1D)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found: set[str] = set()
+    passed_by: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.rpartition(".")[0] in passed_by or is_named(name, config.modules_to_save):
+            passed_by.add(name)
+            continue
+        base = getattr(module, "base_layer", None)  # of a layer that PEFT has adapted already
+        if base is not None:
+            passed_by.add(name)
+        if module is not head and isinstance(module if base is None else base, kinds):
+            found.add(name)
+    return found
 
 
 def _refuse_nested(names: list[str]) -> None:

@@ -3,9 +3,13 @@
 import dataclasses
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from test_peft import MODELS
+from test_positions import classifier
+from vlm_models import VISUAL_WIDTH, vision_language
 
 peft = pytest.importorskip("peft", minversion="0.21")
 
@@ -32,6 +36,38 @@ BAD: list[tuple[Callable[[], object], str]] = [
 def test_bad_settings_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+ALL: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
+    "bert": (MODELS["bert"], {}, 19),
+    "no pooler": (MODELS["bert"], {"modules_to_save": ["pooler"]}, 18),
+    "one block": (MODELS["bert"], {"layers_to_transform": [1], "layers_pattern": "layer"}, 6),
+    "gpt2": (MODELS["gpt2"], {"visual_width": 5}, 8),  # Conv1D, without the output embedding
+    "classifier": (classifier, {"task_type": "SEQ_CLS"}, 19),
+    "beside a tower": (lambda: vision_language("gpt2"), {"visual_width": VISUAL_WIDTH}, 8),
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter"])
+@pytest.mark.parametrize("name", ALL)
+def test_all_linear_layers(name: str, kind: str, tmp_path: Path) -> None:
+    make, settings, count = ALL[name]
+    configured: Any = RoutedLoraConfig if kind == "lora" else RoutedAdapterConfig
+
+    def config() -> Any:
+        return configured(target_modules="all-linear", r=2, **settings)
+
+    def adapted(model: Any, adapter: str = "default") -> list[str]:
+        layers = ((n, m) for n, m in model.named_modules() if hasattr(m, "active_views"))
+        return [n for n, m in layers if adapter in m.views]
+
+    model = peft.get_peft_model(make(), config())
+    assert len(adapted(model)) == count and not any("vision" in n for n in adapted(model))
+    model.save_pretrained(tmp_path)
+    assert adapted(peft.PeftModel.from_pretrained(make(), tmp_path)) == adapted(model)
+    if "visual_width" not in settings:
+        model.add_adapter("second", config())
+        assert adapted(model, "second") == adapted(model)
 
 
 VARIANTS: dict[str, Any] = {

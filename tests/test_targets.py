@@ -21,6 +21,12 @@ from fused_route import Route, RoutedConfig, RoutingContext, attach, shift
             {"target_modules": ["lin"], "layers_to_transform": [0], "layers_pattern": ["b"]},
             ["b.0.lin"],
         ),
+        (
+            {"target_modules": "all-linear", "modules_to_save": ["inlin"]},
+            ["a.lin", "a.lin2", "b.0.lin", "b.1.lin"],
+        ),
+        ({"target_modules": "all-linear", "layers_to_transform": 0}, ["b.0.lin"]),
+        ({"target_modules": "all-linear", "modules_to_save": ["a", "b.0"]}, ["b.1.lin"]),
     ],
 )
 def test_names_and_layers_match_as_documented(arguments: dict[str, Any], names: list[str]) -> None:

@@ -113,8 +113,9 @@ class RoutedLoraConfig(_Routed):
         model = get_peft_model(model, RoutedLoraConfig(r=64, route="mul", target_modules=["query"]))
 
     Args:
-        r, target_modules, layers_to_transform, layers_pattern, modules_to_save: as in
-            `peft.LoraConfig`.
+        target_modules: as in `RoutedConfig`. It must be given: PEFT's defaults by kind of model are
+            not taken.
+        r, layers_to_transform, layers_pattern, modules_to_save: as in `peft.LoraConfig`.
         lora_alpha: s = lora_alpha / r; None: r.
         lora_dropout: on the inputs of A.
         bias, use_dora and others of `peft.LoraConfig`: at their defaults only.

@@ -11,7 +11,7 @@ from ..attach import checkpoint_activations as turn_on
 from ..build import PROJECTOR, Builder, build_projector, keep_called, padded
 from ..config import RoutedConfig
 from ..context import RoutingContext, own_context
-from ..targets import Target, find_targets
+from ..targets import ALL_LINEAR, Target, find_targets
 from ..text import follow
 from .layers import NO_MERGE, RoutedAdapterLayer, RoutedLoraLayer, RoutedTunerLayer
 
@@ -66,6 +66,8 @@ class _RoutedModel(BaseTuner):
             )
         self._targets = find_targets(model, self._routed)
         self._target_names = {name for target in self._targets for name in target.names}
+        if self._routed.target_modules == ALL_LINEAR:  # PEFT would name others
+            config.target_modules = sorted(self._target_names)
         self._context = self._find_context(model)
         self._widths: set[int] = set()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
