@@ -12,7 +12,14 @@ from torch.utils.hooks import RemovableHandle
 
 from . import __version__, checkpoint
 from .bottleneck import Bottleneck
-from .build import PROJECTOR, Builder, Padded, build_projector, padded
+from .build import (
+    PROJECTOR,
+    Builder,
+    Padded,
+    build_projector,
+    padded,
+    refuse_uninitialised,
+)
 from .card import write_card
 from .checks import one_of, truth
 from .config import HOSTS, RoutedConfig, identity_of
@@ -288,6 +295,7 @@ def _attach(
     for name, module in model.named_modules():
         if isinstance(module, Bottleneck):
             raise ValueError(f"model has a routed layer already ({name}): detach it first")
+    refuse_uninitialised(model)
     targets = find_targets(model, config)
     before = _Before(saved=saved(model, config, targets))
     builder = Builder(model, config, context, options)

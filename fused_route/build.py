@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from .bases import hidden_width, weight_kind
+from .bases import base_features, hidden_width, weight_kind
 from .bottleneck import Bottleneck
 from .config import RoutedConfig
 from .context import RoutingContext, VisualProjector
@@ -68,6 +70,14 @@ class Builder:
 
     def _linear(self, target: Target) -> tuple[nn.Module, Bottleneck]:
         config = self.config
+        try:
+            base_features(target.module)
+        except ValueError:
+            raise ValueError(
+                f"{type(target.module).__name__} is no linear layer, as host='lora' needs: "
+                "nn.Linear, Conv1D, or what tells in_features and out_features; host='adapter' "
+                "takes norms and whole modules too"
+            ) from None
         layer = RoutedLinear(
             target.module,
             config.r,
@@ -130,6 +140,15 @@ def _with_weight(module: nn.Module) -> object:
 @dataclass
 class _Weight:
     weight: nn.Parameter | None
+
+
+def refuse_uninitialised(model: nn.Module) -> None:
+    """ValueError where a model has lazy parameters, whose shape its first batch tells."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"model: {name} is not initialised yet: run a batch through the model first"
+            )
 
 
 def keep_called(parent: nn.Module, module: nn.Module) -> None:

@@ -166,8 +166,9 @@ class RoutingContext:
         if not isinstance(width, int) or width not in inputs:
             offered = ", ".join(map(str, inputs))
             raise ValueError(
-                f"{layer} takes x_r of width {width}; the context holds {offered}. Give attach() "
-                "visual_width, so that it adds a projector, or project the features yourself"
+                f"{layer} takes x_r of width {width}; the context holds {offered}. Give the "
+                "configuration visual_width, which adds a projector, or project the features "
+                "yourself"
             )
         return inputs[width]
 

@@ -77,7 +77,19 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no regex": (lambda: attach(bert(), RoutedConfig("(query")), "no regular expression"),
     "not linear": (
         lambda: attach(nn.Sequential(Opaque()), RoutedConfig(["0"])),
-        "target 0: base=Opaque does not tell its widths",
+        "target 0: Opaque is no linear layer, as host='lora' needs",
+    ),
+    "a convolution": (
+        lambda: attach(nn.Sequential(nn.Conv2d(4, 4, 1)), RoutedConfig(["0"])),
+        "target 0: Conv2d is no linear layer.* host='adapter' takes norms",
+    ),
+    "lazy": (
+        lambda: attach(nn.Sequential(nn.LazyLinear(4)), RoutedConfig(["0"])),
+        r"0\.weight is not initialised yet: run a batch",
+    ),
+    "lazy elsewhere": (
+        lambda: attach(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), RoutedConfig(["0"])),
+        r"1\.weight is not initialised yet: run a batch",
     ),
     "twice": (attached_twice, "has a routed layer already"),
     "saved is target": (

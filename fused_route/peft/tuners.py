@@ -8,7 +8,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..attach import checkpoint_activations as turn_on
-from ..build import PROJECTOR, Builder, build_projector, keep_called, padded
+from ..build import (
+    PROJECTOR,
+    Builder,
+    build_projector,
+    keep_called,
+    padded,
+    refuse_uninitialised,
+)
 from ..config import RoutedConfig
 from ..context import RoutingContext, own_context
 from ..targets import ALL_LINEAR, Target, find_targets
@@ -64,6 +71,7 @@ class _RoutedModel(BaseTuner):
                 f"adapter {adapter_name!r}: visual_width with several adapters; project the "
                 "features yourself"
             )
+        refuse_uninitialised(model)
         self._targets = find_targets(model, self._routed)
         self._target_names = {name for target in self._targets for name in target.names}
         if self._routed.target_modules == ALL_LINEAR:  # PEFT would name others
