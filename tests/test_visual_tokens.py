@@ -263,6 +263,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: before("gpt2")(texts(2), visual_mask=[[1], [1]], **IMAGE),
         "visual_mask must be a tensor",
     ),
+    "a mask of other tokens": (
+        lambda: before("gpt2")(texts(2), visual_mask=torch.ones(2, 3), **IMAGE),
+        r"visual_mask must be \(B, Nv\) = \(2, 1\), got .*\(2, 3\)",
+    ),
+    "features of another width that no one projects": (
+        lambda: before("gpt2", projection="none", visual_width=12, visual_tokens="none")(
+            texts(2), visual_features=torch.ones(2, 7)
+        ),
+        "visual_features must be 12 wide, as visual_width says",
+    ),
     "a mask without an image": (
         lambda: before("gpt2", visual_tokens="none")(texts(2), visual_mask=torch.ones(2, 1)),
         "visual_mask is given without",

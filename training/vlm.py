@@ -228,18 +228,25 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
                 f"visual_features must be (B, Nv, {self.visual_width}) or (B, {self.visual_width}),"
                 f" got {shown(visual_features)}"
             )
+        is_told = self.image_projection is not None or self.config.visual_width is not None
+        if is_told and visual_features.shape[-1] != self.visual_width:
+            raise ValueError(
+                f"visual_features must be {self.visual_width} wide, as visual_width says, got "
+                f"{tuple(visual_features.shape)}"
+            )
         if self.image_projection is not None:
-            if visual_features.shape[-1] != self.visual_width:
-                raise ValueError(
-                    f"visual_features must be {self.visual_width} wide, as visual_width says, got "
-                    f"{tuple(visual_features.shape)}"
-                )
             dtype = next(self.image_projection.parameters()).dtype
             visual_features = self.image_projection(visual_features.to(dtype))
         if not isinstance(visual_mask, (Tensor, type(None))):
             raise ValueError(f"visual_mask must be a tensor (B, Nv), got {shown(visual_mask)}")
-        valid = None if visual_mask is None else visual_mask.bool()
-        return RoutingInput(visual_features, valid)
+        if visual_mask is None:
+            return RoutingInput(visual_features)
+        B, *tokens, _ = visual_features.shape
+        if visual_mask.shape != (B, *(tokens or [1])):
+            raise ValueError(
+                f"visual_mask must be (B, Nv) = {(B, *(tokens or [1]))}, got {shown(visual_mask)}"
+            )
+        return RoutingInput(visual_features, visual_mask.bool())
 
     def routed_by(
         self, image: RoutingInput | None, attention_mask: Any = None
