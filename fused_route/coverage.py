@@ -17,6 +17,7 @@ from .routing_input import RoutingInput
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_R = 256  # as in kernels/config.py, which is not imported for a question
 MAX_ROWS = 2**31 - 2**15  # the last split of K3 ends a few blocks beyond M, in 32 bits
+MAX_OF_SAMPLE = (2**16 - 1) * 16  # a grid's second axis, of the smallest blocks
 
 # AMD's chips with matrix cores that Triton supports.
 AMD = ("gfx908", "gfx90a", "gfx942", "gfx950")
@@ -26,6 +27,13 @@ AMD = ("gfx908", "gfx90a", "gfx942", "gfx950")
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+def _rows_of_sample(x_h: Tensor, given: RoutingInput | None) -> int:
+    """The most rows of a sample, where kernels may give it blocks of its own; else 0."""
+    if given is None or (given.x_r.shape[1] == 1 and given.operand is None):
+        return 0
+    return given.longest if given.offsets is not None else x_h.shape[1:-1].numel()
 
 
 @cache
@@ -128,6 +136,8 @@ def obstacle(
         return f"R = {A.shape[0]} bottleneck columns are more than {MAX_R}"
     if x_h.shape[:-1].numel() > MAX_ROWS:
         return f"{x_h.shape[:-1].numel()} rows are more than {MAX_ROWS}"
+    if (of_sample := _rows_of_sample(x_h, routing_input)) > MAX_OF_SAMPLE:
+        return f"{of_sample} rows of one sample with several visual tokens > {MAX_OF_SAMPLE}"
     if isinstance(dropout, Dropout):
         return "masks of dropout are given; the kernels draw their own from a seed"
     route = routing.route

@@ -255,13 +255,13 @@ class Plan:
         grids = []
         for name in ("forward", "backward"):
             BM = self.tiles[name].BM
-            blocks = S * cdiv(T, BM) if self.f.mix == "matrix" else cdiv(M, BM)
-            grids.append((blocks, 1, 1))
+            by_sample = (S, cdiv(T, BM), 1)  # no block holds rows of two samples
+            grids.append(by_sample if self.f.mix == "matrix" else (cdiv(M, BM), 1, 1))
         pairs = cdiv(cdiv(M, self.tiles["backward"].BM) + S, 4) * 4  # the second starts aligned
-        blocks = grids[0][0]
+        blocks, of_sample, _ = grids[0]
         steps = cdiv(self.N, self.tiles["forward"].BN)
-        parts = kernels().config.parts(self.major, blocks, steps)
-        forward_grid, rows = (blocks, 1, parts), (M, T, *self.dropout)
+        parts = kernels().config.parts(self.major, blocks * of_sample, steps)
+        forward_grid, rows = (blocks, of_sample, parts), (M, T, *self.dropout)
         is_long = T >= kernels().config.LONG_VECTORS * self.tiles["backward"].BM
         splits = self._splits(S, T)
         made = Sizes(M, S, T, pairs, is_long, splits, forward_grid, grids[0], grids[1], rows)

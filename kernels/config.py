@@ -73,7 +73,7 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
         (256, 2): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
         (16, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         (32, 4): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-        (64, 4): (Tile(16, 64, 4, 2, 96), Tile(16, 64, 4, 2, 96)),
+        (64, 4): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2)),
         (128, 4): (Tile(16, 32, 4, 2, 128), Tile(16, 32, 4, 2, 128)),
         (256, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
     },
@@ -111,7 +111,7 @@ TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile]]] = {
         (32, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
         (64, 4): (Tile(16, 32, 4, 2, 64), Tile(16, 32, 4, 2, 64)),
         (128, 4): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
-        (256, 4): (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        (256, 4): (Tile(16, 32, 8, 2, 128), Tile(16, 32, 8, 2, 128)),
     },
     # BN × BN of K's C × C columns a program, BM rows a step
     "matrices": {

@@ -12,29 +12,27 @@ import triton.language as tl
 
 
 @triton.jit
-def rows_of_sample(offsets_ptr, T, BM: tl.constexpr):
-    """The first row of this program, the end of its sample's rows, and the sample.
-
-    The first is not beyond the end, so that no number here exceeds M + BM, which fits 32 bits.
-    """
-    blocks = tl.cdiv(T, BM)
-    sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+def rows_of_sample(offsets_ptr, T):
+    """Where the rows of this program's sample start and stop, for "matrix"."""
+    sample = tl.program_id(0).to(tl.int32)
     start, stop = sample * T, sample * T + T
     if offsets_ptr is not None:
         start = tl.load(offsets_ptr + sample).to(tl.int32)
         stop = tl.load(offsets_ptr + sample + 1).to(tl.int32)
-    start += tl.minimum(block * BM, stop - start)
-    return start, stop, sample
+    return start, stop
 
 
 @triton.jit
 def is_idle(offsets_ptr, T, MIX: tl.constexpr, BM: tl.constexpr):
-    """Whether this program of packed rows has none: with one long sample nearly all have none."""
+    """Whether this program of packed rows has none: with one long sample nearly all have none.
+
+    The rows of all others begin before M, which fits 32 bits.
+    """
     idle = False
     if MIX == "matrix":
         if offsets_ptr is not None:
-            start, stop, _ = rows_of_sample(offsets_ptr, T, BM)
-            idle = start >= stop
+            start, stop = rows_of_sample(offsets_ptr, T)
+            idle = tl.program_id(1) * BM >= stop - start
     return idle
 
 
@@ -42,19 +40,19 @@ def is_idle(offsets_ptr, T, MIX: tl.constexpr, BM: tl.constexpr):
 def block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX: tl.constexpr, BM: tl.constexpr):
     """The rows of this program, and the sample of each.
 
-    A grid (blocks,) over all rows; for "matrix" (S · blocks of T rows,), T the most of a sample, so
-    that one program never holds rows of two: of packed samples most have fewer, and their last
-    programs no rows (`is_idle`). Dense rows belong to sample row // T; packed rows have a code
-    each: the sample, or −1 − sample for padding, which passes unrouted.
+    For "matrix", a grid (S, blocks of the longest sample): one program never holds rows of two
+    samples, and of packed ones many hold none (`is_idle`). Else a grid (blocks,) over all rows.
+    Dense rows belong to sample row // T; packed rows have a code each: the sample, or −1 − sample
+    for padding, which passes unrouted.
 
     Returns:
         row (BM,) int64, inside (BM,), sample (BM,) int32, routed (BM,).
     """
     if MIX == "matrix":
-        start, stop, own = rows_of_sample(offsets_ptr, T, BM)
-        row = start + tl.arange(0, BM)
+        start, stop = rows_of_sample(offsets_ptr, T)
+        row = start + tl.program_id(1) * BM + tl.arange(0, BM)
         inside = row < stop
-        sample = tl.zeros([BM], tl.int32) + own
+        sample = tl.zeros([BM], tl.int32) + tl.program_id(0).to(tl.int32)
         routed = inside
         if row_sample_ptr is not None:
             routed = tl.load(row_sample_ptr + row, mask=inside, other=-1) >= 0

@@ -17,6 +17,7 @@ from fused_route import (
     Route,
     RoutedAdapter,
     Routing,
+    RoutingInput,
     coverage,
     fused,
     known,
@@ -271,3 +272,16 @@ def test_tf32_only_where_torch_may() -> None:
             assert fused.products(torch.float32, GPU) == "ieee"
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_a_sample_of_more_rows_than_a_grid_takes() -> None:
+    """With several visual tokens blocks hold rows of one sample, and are counted in 16 bits."""
+    x_h = torch.empty(2, coverage.MAX_OF_SAMPLE + 1, 8, device="meta")
+    tensors = {"x_h": x_h, "A": A.to("meta"), "B": B.to("meta")}
+    for x_r, why in (
+        (torch.randn(2, 3, 8), "1048561 rows of one sample"),
+        (torch.randn(2, 8), None),
+    ):
+        given = RoutingInput(x_r.to("meta"))
+        found = coverage.obstacle(tensors, torch.float32, Routing("gram"), given, 0.0)
+        assert (found or "").startswith(why or "") and (found is None) == (why is None)
