@@ -164,7 +164,8 @@ def fold(
         beams: how many rows of a batch belong to each of several images. One image is that of
             every row, however many there are.
 
-    Layers of route "none" stay as they are.
+    Layers of route "none" stay as they are. A layer, or its base, that has changed since refuses to
+    run; torch does not count changes through a parameter's `.data`, which go unseen: fold again.
 
     Raises:
         ValueError: no layer is routed by an image, one whose route is not affine in x_t (relu,

@@ -290,17 +290,6 @@ def test_the_models_own_context_is_used() -> None:
         context_of(MODELS["bert"]())
 
 
-@pytest.mark.parametrize("config", [lora, adapter])
-def test_an_image_folds_in(config: Any) -> None:
-    model = drawn(peft.get_peft_model(MODELS["gpt2"](), config("gpt2", "gram unit"))).eval()
-    with context_of(model).using(IMAGE[:1]):
-        expected = model(IDS[:1])[0]
-    with fold(model, IMAGE[:1]):
-        torch.testing.assert_close(model(IDS[:1])[0], expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="has no routing input"):
-        model(IDS[:1])
-
-
 @pytest.mark.parametrize("way", ["ours", "raw"])
 def test_gradient_checkpointing(way: str) -> None:
     model = drawn(peft.get_peft_model(MODELS["bert"](), lora("bert"))).train()

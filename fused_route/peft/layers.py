@@ -95,13 +95,22 @@ class View(Routed):
             return nullcontext()
         return torch.autocast(x_h.device.type, dtype=x_h.dtype)
 
-    def parameters(self) -> Iterator[Tensor]:
-        """Its own, not the base's."""
+    def own_parameters(self) -> Iterator[Tensor]:
+        """Those of the adapter."""
         return (t for t in (getattr(self, name) for name in self._where) if t is not None)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """What the layer computes with, as the parameters of a `Bottleneck` are."""
+        return self.own_parameters()
 
 
 class LinearView(View, LinearCall):
     """Of routed LoRA."""
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The adapter's and the base's."""
+        yield from self.own_parameters()
+        yield from self.base.parameters()
 
 
 class AdapterView(View, AdapterCall):

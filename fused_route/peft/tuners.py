@@ -145,7 +145,7 @@ class _RoutedModel(BaseTuner):
         new.add(adapter_name, made, self._routed.position)
         self._widths.add(made.d)
         if adapter_name not in self.active_adapters:
-            for parameter in new.views[adapter_name].parameters():
+            for parameter in new.views[adapter_name].own_parameters():
                 parameter.requires_grad_(False)
         if not is_ours:
             keep_called(parent, new)
