@@ -49,7 +49,7 @@ class Routed:
     label: str
     training: bool
     project: str
-    folded: "Callable[[Tensor, More], Tensor] | None"
+    folded: "Callable[..., Tensor] | None"
 
     def around(
         self, x_h: Tensor, A: Tensor, b_A: Any, more: More = NO_MORE, **arguments: Any
@@ -176,7 +176,7 @@ class Bottleneck(Routed, nn.Module):
         self.impl: Impl = impl
         self.label = type(self).__name__
         self.project = "layer"  # or whether the context projects for several layers at once
-        self.folded: Callable[[Tensor, More], Tensor] | None = None  # what runs instead: see `fold`
+        self.folded: Callable[..., Tensor] | None = None  # what runs instead: see `fold`
         self.is_merged = False  # whether `merge` has added the update to the base
         self._is_empty = False
         self._make_down(groups, kind)

@@ -73,7 +73,8 @@ class _Image:
                 f"of {x_h.shape[0]} (for beams: fold(…, beams=…))"
             )
 
-    def __call__(self, x_h: Tensor, more: More) -> Tensor:
+    def __call__(self, x_h: Tensor, more: More, **base_out: Tensor) -> Tensor:
+        """The layer's output; base_out, where another layer has called the base."""
         raise NotImplementedError
 
 
@@ -84,14 +85,15 @@ class BesideDown(_Image):
     given: RoutingInput
     A: Tensor
 
-    def __call__(self, x_h: Tensor, more: More) -> Tensor:
+    def __call__(self, x_h: Tensor, more: More, **base_out: Tensor) -> Tensor:
         self.check(x_h)
         layer, given = self.layer, self.given
         if self.batch is None:
             given = repeated(given, x_h.shape[0])
         return layer.around(
-            x_h, self.A, layer.b_A, more, x_r=given, route=layer.routing, impl=layer.impl
-        )
+            x_h, self.A, layer.b_A, more, x_r=given, route=layer.routing, impl=layer.impl,
+            **base_out,
+        )  # fmt: skip
 
 
 @dataclass
@@ -101,10 +103,12 @@ class IntoDown(_Image):
     A: Tensor
     b_A: Tensor | None
 
-    def __call__(self, x_h: Tensor, more: More) -> Tensor:
+    def __call__(self, x_h: Tensor, more: More, **base_out: Tensor) -> Tensor:
         self.check(x_h)
         layer = self.layer
-        return layer.around(x_h, self.A, self.b_A, more, route=UNROUTED, impl=layer.impl)
+        return layer.around(
+            x_h, self.A, self.b_A, more, route=UNROUTED, impl=layer.impl, **base_out
+        )
 
 
 @dataclass
@@ -114,10 +118,15 @@ class IntoHost(_Image):
     weight: Tensor
     bias: Tensor | None
 
-    def __call__(self, x_h: Tensor, more: More) -> Tensor:
+    def __call__(self, x_h: Tensor, more: More, **base_out: Tensor) -> Tensor:
         self.check(x_h)
         if any(more):
             raise ValueError(f"{self.layer.label} has an image folded in and takes x_h alone")
+        if base_out:
+            raise ValueError(
+                f"{self.layer.label} has an image folded into its base: activate its adapter "
+                "first, or fold into='bottleneck'"
+            )
         return F.linear(x_h, self.weight, self.bias)
 
 

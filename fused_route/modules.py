@@ -46,6 +46,8 @@ class LinearCall(Routed):
 
     def onto(self, x_h: Tensor, y: Tensor) -> Tensor:
         """y and the update, where another layer has called the base."""
+        if self.folded is not None:
+            return self.folded(x_h, NO_MORE, base_out=y)
         return self.around(x_h, self.down(), None, base_out=y, **self._route_arguments(x_h))
 
     def around(

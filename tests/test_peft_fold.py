@@ -48,3 +48,36 @@ def test_a_change_is_noticed(into: str, change: str) -> None:
         CHANGES[change](model)
         with pytest.raises(ValueError, match="has changed since an image was folded in"):
             model(IDS[:1])
+
+
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("route", ["mul", "published"])  # into A, and beside it
+def test_the_folded_adapter_may_be_any_of_several(route: str, B: int) -> None:
+    model = peft.get_peft_model(MODELS["bert"](), lora("bert", route))
+    model.add_adapter("b", lora("bert", "none"))
+    drawn(model).eval()
+    context, image = context_of(model), IMAGE[:B]
+    model.base_model.set_adapter(["b", "default"])
+    with context.using(image):
+        expected = model(IDS[:B])[0]
+    model.base_model.set_adapter(["default"])
+    with fold(model, image), context.using(image + 1):
+        for order in (["b", "default"], ["default", "b"]):
+            model.base_model.set_adapter(order)
+            torch.testing.assert_close(model(IDS[:B])[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_host_that_holds_an_image_comes_first() -> None:
+    model = peft.get_peft_model(MODELS["bert"](), lora("bert"))
+    model.add_adapter("b", lora("bert", "none"))
+    drawn(model).eval()
+    model.base_model.set_adapter(["default", "b"])
+    with context_of(model).using(IMAGE[:1]):
+        expected = model(IDS[:1])[0]
+    model.base_model.set_adapter(["default"])
+    with fold(model, IMAGE[:1], into="host"):
+        model.base_model.set_adapter(["default", "b"])
+        torch.testing.assert_close(model(IDS[:1])[0], expected, rtol=1e-4, atol=1e-5)
+        model.base_model.set_adapter(["b", "default"])
+        with pytest.raises(ValueError, match="folded into its base: activate its adapter first"):
+            model(IDS[:1])
