@@ -3,19 +3,16 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from . import __version__, checkpoint
+from .before import _Before, find, put
 from .bottleneck import Bottleneck
 from .build import (
     PROJECTOR,
     Builder,
-    Padded,
     build_projector,
     padded,
     refuse_uninitialised,
@@ -32,17 +29,6 @@ from .routing_input import RoutingInput
 from .targets import find_targets
 from .text import follow
 from .together import PROJECT
-
-
-@dataclass
-class _Before:
-    """What `attach` changed in a model: what was there, by name."""
-
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    requires_grad: dict[str, bool] = field(default_factory=dict)
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-    saved: dict[str, Tensor] = field(default_factory=dict)
-    hooks: list[RemovableHandle | Padded] = field(default_factory=list)
 
 
 class Attached:
@@ -108,7 +94,10 @@ class Attached:
                 if tensor is not None:
                     found[f"{checkpoint.PREFIX}{name}.{written}"] = tensor
         for name in before.saved:
-            found[f"{checkpoint.PREFIX}{name}"] = _tensor(self.model, name)
+            tensor = find(self.model, name)
+            if tensor is None:
+                raise ValueError(f"the model has no {name} any more, which attach was to save")
+            found[f"{checkpoint.PREFIX}{name}"] = tensor
         if self.projector is not None:
             for name, tensor in self.projector.named_parameters():
                 found[f"base_model.{PROJECTOR}.{name}"] = tensor
@@ -167,30 +156,23 @@ class Attached:
         """Takes everything out again: the model is bit for bit what it was before `attach`.
 
         modules_to_save and buffers (a norm's running statistics) get their old values back,
-        requires_grad its old setting; gradients of modules_to_save are dropped.
+        requires_grad its old setting; gradients of modules_to_save are dropped. A buffer that the
+        model has replaced since by one of another shape, or by None, is left as it is: a cache of
+        rotary embeddings that grew, on whose length the model counts.
 
         Raises:
-            ValueError: detached already.
+            ValueError: detached already; or the model has since lost a module that holds a target,
+                or what trains (modules_to_save, train) or its shape. Nothing is then changed: put
+                that back, and detach again.
         """
-        before, self._before = self._attached(), None
-        for hook in before.hooks:
-            hook.remove()
+        before = self._attached()
+        before.refuse_changed(self.model)
         self.context.together.remove(self.layers.values())
-        for name, module in before.modules.items():
-            adapted = self.model.get_submodule(name)
-            if isinstance(adapted, AdaptedModule):
-                adapted.recorders.give_back(module)
-            _put(self.model, name, module)
         if self.projector is not None:
-            delattr(self.model, PROJECTOR)
+            self.model._modules.pop(PROJECTOR, None)
             self.context.projector = None
-        restored = before.buffers | before.saved
-        current = {name: _tensor(self.model, name) for name in restored}
-        checkpoint.copy_tensors(restored, current)
-        for name in before.saved:
-            current[name].grad = None
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(before.requires_grad.get(name, parameter.requires_grad))
+        before.put_back(self.model)
+        self._before = None
         return self.model
 
     def merge(self) -> nn.Module:
@@ -307,17 +289,17 @@ def _attach(
 
     # Nothing is refused from here on.
     before.hooks += padded(model, targets)
-    before.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    before.buffers = {name: b.clone() for name, b in model.named_buffers()}
+    before.read(model)
     model.requires_grad_(False)
     for target, (module, _) in zip(targets, built, strict=True):
         for name in target.names:
             before.modules[name] = target.module
-            _put(model, name, module)
+            put(model, name, module)
         if isinstance(module, AdaptedModule):
             module.recorders.take(target.module)
     for name in before.saved:
-        tensor = _tensor(model, name)
+        tensor = find(model, name)
+        assert tensor is not None
         tensor.requires_grad_(isinstance(tensor, nn.Parameter) and tensor.is_floating_point())
     if projector is not None:
         context.projector = projector
@@ -381,15 +363,3 @@ def _class_name(model: nn.Module) -> str:
     classes = type(model).__mro__
     own = (of for of in classes if not of.__module__.startswith("torch.distributed.fsdp"))
     return next(own).__name__
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    parent, _, leaf = name.rpartition(".")
-    tensor = getattr(model.get_submodule(parent), leaf)
-    assert isinstance(tensor, torch.Tensor)
-    return tensor

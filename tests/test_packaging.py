@@ -228,6 +228,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
     "config": {"checks", "modules", "reference", "routes", "routing"},
     "targets": {"checks", "config"},
     "checkpoint": {"checks"},
+    "before": {"build", "checkpoint", "modules"},
     "card": {"__version__", "checkpoint"},
     "published": {"bottleneck", "checkpoint", "checks", "modules"},
     "testing": set(),
@@ -236,6 +237,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
     "build": {"bases", "bottleneck", "config", "context", "modules", "targets"},
     "attach": {
         "__version__",
+        "before",
         "bottleneck",
         "build",
         "card",
