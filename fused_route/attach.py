@@ -15,6 +15,7 @@ from .build import (
     Builder,
     build_projector,
     padded,
+    reads_projected,
     refuse_uninitialised,
 )
 from .card import write_card
@@ -29,6 +30,8 @@ from .routing_input import RoutingInput
 from .targets import find_targets
 from .text import follow
 from .together import PROJECT
+
+OF_PROJECTOR = f"base_model.{PROJECTOR}."  # names of its tensors in a checkpoint
 
 
 class Attached:
@@ -100,7 +103,7 @@ class Attached:
             found[f"{checkpoint.PREFIX}{name}"] = tensor
         if self.projector is not None:
             for name, tensor in self.projector.named_parameters():
-                found[f"base_model.{PROJECTOR}.{name}"] = tensor
+                found[f"{OF_PROJECTOR}{name}"] = tensor
         return found
 
     def _own(self) -> dict[str, Bottleneck]:
@@ -149,6 +152,8 @@ class Attached:
         if differences:
             raise ValueError(f"{directory} holds another adapter: {'; '.join(differences)}")
         found = checkpoint.read_tensors(directory, identity_of(written))
+        if self.projector is None and self.config.routing().route.takes == "nothing":
+            found = {name: tensor for name, tensor in found.items() if not _is_projectors(name)}
         checkpoint.check_tensors(found, expected, directory)
         checkpoint.copy_tensors(found, expected)
 
@@ -246,10 +251,11 @@ def attach(
     one_of("plan", plan, PLANS)
     one_of("project", project, PROJECT)
     options = {"impl": impl, "recompute": truth("recompute", recompute), "plan": plan}
-    if context is None:
-        context = own_context(model) or RoutingContext()
+    shared = context
+    context = shared or own_context(model) or RoutingContext()
     if isinstance(config, RoutedConfig):
-        return _attach(model, config, context, options, project)
+        is_read = reads_projected(model, config, shared)
+        return _attach(model, config, context, options, project, is_read)
     if not isinstance(config, (str, os.PathLike)):
         raise ValueError(
             f"config must be a RoutedConfig or a directory, got {type(config).__name__}"
@@ -257,8 +263,10 @@ def attach(
     written = checkpoint.read_config(config)
     _refuse_other_model(model, written, config)
     theirs = _config(written, config)
-    checkpoint.read_tensors(config, identity_of(written))  # before anything of these sizes is made
-    attached = _attach(model, theirs, context, options, project)
+    # before anything of these sizes is made
+    tensors = checkpoint.read_tensors(config, identity_of(written))
+    is_read = theirs.routing().route.takes != "nothing" or any(map(_is_projectors, tensors))
+    attached = _attach(model, theirs, context, options, project, is_read)
     try:
         attached.load(config)
     except BaseException:
@@ -273,6 +281,7 @@ def _attach(
     context: RoutingContext,
     options: dict[str, Any],
     project: str,
+    is_read: bool,
 ) -> Attached:
     for name, module in model.named_modules():
         if isinstance(module, Bottleneck):
@@ -283,7 +292,9 @@ def _attach(
     builder = Builder(model, config, context, options)
     built = [builder.build(target) for target in targets]
     widths = {layer.d for _, layer in built}
-    projector = build_projector(model, config, widths, context, targets[0].module)
+    projector = None
+    if is_read:
+        projector = build_projector(model, config, widths, context, targets[0].module)
 
     before.hooks += follow(model, config, targets, context)
 
@@ -356,6 +367,10 @@ def _refuse_other_model(
         raise ValueError(
             f"{directory} is an adapter for {theirs}, this model is a {_class_name(model)}"
         )
+
+
+def _is_projectors(name: str) -> bool:
+    return name.startswith(OF_PROJECTOR)
 
 
 def _class_name(model: nn.Module) -> str:

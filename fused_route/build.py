@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from .bases import base_features, hidden_width, weight_kind
 from .bottleneck import Bottleneck
 from .config import RoutedConfig
-from .context import RoutingContext, VisualProjector
+from .context import RoutingContext, VisualProjector, own_context
 from .modules import AdaptedModule, RoutedAdapter, RoutedLinear
 from .targets import Target, block_of, is_causal
 
@@ -192,6 +192,17 @@ def padded(model: nn.Module, targets: list[Target]) -> list[Padded]:
         module for module in around if isinstance(module, nn.TransformerEncoder)
     )
     return [Padded(encoder) for encoder in encoders if getattr(encoder, "use_nested_tensor", False)]
+
+
+def reads_projected(model: nn.Module, config: RoutedConfig, context: RoutingContext | None) -> bool:
+    """Whether anything may read what a projector makes.
+
+    Layers that an image routes do. With route "none", code that was given a context to share, and
+    a model with a context of its own, unless its attribute `reads_routing_input` is False.
+    """
+    if config.routing().route.takes != "nothing" or context is not None:
+        return True
+    return own_context(model) is not None and getattr(model, "reads_routing_input", True)
 
 
 def build_projector(

@@ -118,7 +118,9 @@ class RoutedConfig:
             "norms", the layer norms of every block with a target; "pooler" and "head", of a Hugging
             Face model. Everything else is frozen.
         visual_width: width of the features given to the context, where it differs from the
-            targets' width: a projector is added. None: features have the targets' width.
+            targets' width: a projector is added. None: features have the targets' width. With route
+            "none" no layer reads a projector: it is added only for a context that `attach` was
+            given, or a model that has one of its own, which may.
         projector: "trainable" or "frozen".
         alpha, adapted, of: of `RoutedLinear` (host "lora"); alpha None: r.
         activation, bias, residual, norm: of `RoutedAdapter` (host "adapter").

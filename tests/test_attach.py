@@ -1,6 +1,7 @@
 """Attaching to models and detaching; which modules are found; what is refused."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -300,3 +301,32 @@ def test_projector_follows_the_model() -> None:
     attached.detach()
     same = attach(model, RoutedConfig(["query"], visual_width=8))
     assert same.projector is None
+
+
+class Prefixed(nn.Module):
+    """A model that has a context of its own, and may say whether it reads it."""
+
+    def __init__(self, **says: bool) -> None:
+        super().__init__()
+        self.bert, self.context = bert(), RoutingContext()
+        for name, value in says.items():
+            setattr(self, name, value)
+
+
+READERS: dict[str, tuple[Callable[[], nn.Module], str, RoutingContext | None, bool]] = {
+    "layers": (bert, "mul", None, True),
+    "nothing": (bert, "none", None, False),
+    "a context that is shared": (bert, "none", RoutingContext(), True),
+    "the model": (Prefixed, "none", None, True),
+    "not the model": (lambda: Prefixed(reads_routing_input=False), "none", None, False),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_projector_is_added_where_something_reads_it(reader: str) -> None:
+    make, route, context, is_added = READERS[reader]
+    attached = attach(make(), RoutedConfig(["query"], route=route, visual_width=5), context)
+    assert (attached.projector is not None) == is_added
+    if reader == "nothing":
+        attached.model(IDS)[0].sum().backward()  # as the plain LoRA that it is
+        assert all(p.grad is not None for p in attached.trainable_parameters())

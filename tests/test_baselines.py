@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
-from fused_route import RoutedConfig, attach
+from fused_route import RoutedConfig, RoutingContext, attach
 from fused_route.training.baselines import (
     attach_cross_attention,
     matching_inner_rank,
@@ -213,11 +213,13 @@ def test_plain_has_the_same_parameters_and_no_route(kind: str) -> None:
         assert key == "route" or value == (default if reset else theirs)[key], key
     counts = []
     for given in (config, without):
-        attached = attach(make(), given)
+        attached = attach(make(), given, RoutingContext())  # shared: a prefix may be projected
         counts.append(sum(p.numel() for p in attached.trainable_parameters()))
     assert counts[0] == counts[1]
     table = parameter_table(make(), config, heads=1)
     assert table["routed"] == table["plain"]
+    alone = attach(make(), without)
+    assert sum(p.numel() for p in alone.trainable_parameters()) == table["plain"]
     if config.visual_width is None:
         assert table["routed"] == counts[0]
 

@@ -16,7 +16,16 @@ from safetensors.torch import load_file, save_file
 from test_attach import CONFIGS, IDS, bert, gpt2, train_a_little
 from torch import nn
 
-from fused_route import ROUTES, Attached, Route, RoutedConfig, attach, checkpoint, scale
+from fused_route import (
+    ROUTES,
+    Attached,
+    Route,
+    RoutedConfig,
+    RoutingContext,
+    attach,
+    checkpoint,
+    scale,
+)
 
 KEYS = Path(__file__).parent / "golden" / "checkpoint_keys.json"
 
@@ -307,3 +316,19 @@ def test_sizes_are_believed_only_with_the_tensors_beside_them(
     monkeypatch.setattr(module, "_attach", lambda *_: pytest.fail("layers were made"))
     with pytest.raises(ValueError, match="was saved with other settings"):
         attach(bert(), tmp_path)
+
+
+def test_a_projector_that_nothing_reads_loads_and_may_be_left_out(tmp_path: Path) -> None:
+    config = RoutedConfig(["query"], route="none", visual_width=5)
+    older = attach(bert(), config, RoutingContext())  # as files of route "none" once all had one
+    for parameter in older.trainable_parameters():
+        nn.init.normal_(parameter)
+    older.save(tmp_path)
+    assert attach(bert(), tmp_path).tensors().keys() == older.tensors().keys()
+    without = attach(bert(), config)
+    without.load(tmp_path)
+    kept = {name for name in older.tensors() if "visual_projector" not in name}
+    assert without.tensors().keys() == kept
+    assert all(torch.equal(without.tensors()[name], older.tensors()[name]) for name in kept)
+    without.save(tmp_path / "without")
+    assert attach(bert(), tmp_path / "without", RoutingContext()).projector is None

@@ -77,6 +77,22 @@ def test_trains_one_step_by_target_names_alone(language: str, place: str) -> Non
             assert parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("way", ["attach", "PEFT"])
+@pytest.mark.parametrize("place", PLACES)
+def test_plain_lora_has_a_projector_where_the_image_is_a_token(place: str, way: str) -> None:
+    if way == "PEFT":
+        model = routed("bert", route="none", visual_tokens=place)
+    else:
+        model = vision_language("bert", visual_tokens=place)
+        config = RoutedConfig(["query", "value"], r=4, route="none", visual_width=VISUAL_WIDTH)
+        drawn(attach(model, config).model)
+    out = model.train()(input_ids=texts(2), pixel_values=images(2)).last_hidden_state
+    out[..., 0].square().sum().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert any("visual_projector" in name for name in trained) == (place != "none")
+    assert all(parameter.grad is not None for parameter in trained.values())
+
+
 @pytest.mark.parametrize("language", LANGUAGE)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_batch_is_its_samples_one_by_one(language: str, place: str) -> None:

@@ -25,6 +25,7 @@ from fused_route import (
 )
 from fused_route.bases import base_features
 from fused_route.checks import whole
+from fused_route.context import own_context
 from fused_route.targets import find_targets
 
 from .cross_attention import CrossAttentionLinear
@@ -139,6 +140,8 @@ def attach_cross_attention(
     if config.routed_by != "image":
         raise ValueError(f"routed_by={config.routed_by!r}: cross-attention is to an image")
     counts = _counts(model, config) if inner_rank is None else {}
+    if context is None:
+        context = own_context(model) or RoutingContext()  # given, since its projector is read
     attached = attach(model, plain(config), context)
     layers: dict[str, CrossAttentionLinear] = {}
     try:
@@ -192,8 +195,8 @@ def plain(config: RoutedConfig) -> RoutedConfig:
     """The same bottlenecks without a route: plain LoRA or plain adapters.
 
     A route has no parameters, so the counts are equal; but not to those of a configuration with
-    inner_rank. A projector stays, for a visual prefix may need it; if it is trainable and nothing
-    else reads what it makes, it gets no gradient.
+    inner_rank. `attach` then adds a projector only where a visual prefix may need it: to a model
+    with a context of its own, or for a context that it is given.
     """
     return replace(
         config, route="none", transpose="exact", segments="per_group", pool="mean",

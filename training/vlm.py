@@ -140,6 +140,11 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
             raise ValueError("vision is None: give visual_width, the width of the features")
         return width_of(self.vision, self.config.features)
 
+    @property
+    def reads_routing_input(self) -> bool:
+        """Whether the model itself, beside routed layers, needs the projected features."""
+        return self.visual_tokens is not None
+
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Features (B, Nv, visual_width) of images, to keep and give as `visual_features`.
 

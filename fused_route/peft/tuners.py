@@ -14,6 +14,7 @@ from ..build import (
     build_projector,
     keep_called,
     padded,
+    reads_projected,
     refuse_uninitialised,
 )
 from ..config import RoutedConfig
@@ -99,6 +100,8 @@ class _RoutedModel(BaseTuner):
             return RoutingContext()
 
     def _add_projector(self, model: nn.Module, widths: set[int], inference_mode: bool) -> None:
+        if not reads_projected(model, self._routed, None):
+            return
         like = next((module for _, module in self._find_layers()), model)
         projector = build_projector(
             model, self._routed, widths, self._context, getattr(like, "base_layer", like)
