@@ -27,7 +27,7 @@ from .freezing import saved
 from .functional import IMPLS, PLANS, Impl, ProductPlan
 from .modules import AdaptedModule
 from .routing_input import RoutingInput
-from .targets import find_targets
+from .targets import find_targets, refuse_compiled
 from .text import follow
 from .together import PROJECT
 
@@ -241,10 +241,12 @@ def attach(
 
     Raises:
         ValueError: nothing matches, a target that cannot be adapted, a model that is attached to
-            already, or a checkpoint that does not fit. The model is then as it was.
+            already or compiled (attach first, then compile), or a checkpoint that does not fit. The
+            model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch module, got {type(model).__name__}")
+    refuse_compiled(name for name, _ in model.named_children())
     if not isinstance(context, (RoutingContext, type(None))):
         raise ValueError(f"context must be a RoutingContext, got {type(context).__name__}")
     one_of("impl", impl, IMPLS)

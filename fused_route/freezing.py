@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from .config import RoutedConfig
-from .targets import Target, block_of, is_named
+from .targets import Target, block_of, is_named, refuse_compiled
 
 
 def saved(model: nn.Module, config: RoutedConfig, targets: list[Target]) -> dict[str, Tensor]:
     """Copies of everything of the model that trains, by name: modules_to_save and train.
 
     Raises:
-        ValueError: a name or rule that fits nothing, or a module with a target in it.
+        ValueError: a name or rule that fits nothing, a module with a target in it, or one that is
+            compiled.
     """
     copies = modules_to_save(model, config, targets)
     for rule in config.train:
@@ -20,6 +21,7 @@ def saved(model: nn.Module, config: RoutedConfig, targets: list[Target]) -> dict
         if not found:
             raise ValueError(f"train has {rule!r}: {_NOTHING[rule]}")
         copies |= {name: tensor.detach().clone() for name, tensor in found.items()}
+    refuse_compiled(copies)
     return copies
 
 

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -29,7 +29,7 @@ def find_targets(model: nn.Module, config: RoutedConfig) -> list[Target]:
 
     Raises:
         ValueError: nothing matches, an item of target_modules or layers_to_transform matches
-            nothing, or a target lies inside another.
+            nothing, or a target lies inside another, or inside a compiled module.
     """
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
@@ -62,6 +62,7 @@ def find_targets(model: nn.Module, config: RoutedConfig) -> list[Target]:
     if missed:
         raise ValueError(f"target_modules: nothing is called {', '.join(sorted(missed))}")
     _refuse_nested([name for found in names.values() for name in found])
+    refuse_compiled(name for found in names.values() for name in found)
     return [Target(module, tuple(names[key])) for key, module in modules.items()]
 
 
@@ -96,6 +97,16 @@ def _refuse_nested(names: list[str]) -> None:
         for outer in names:
             if name.startswith(f"{outer}."):
                 raise ValueError(f"target_modules matches {name} inside {outer}: name one of them")
+
+
+def refuse_compiled(names: Iterable[str]) -> None:
+    """ValueError for a name within what torch.compile has made: no other model has that name."""
+    for name in names:
+        if "_orig_mod" in name.split("."):
+            raise ValueError(
+                f"{name} is part of a compiled model: attach first, then compile; its attribute "
+                "_orig_mod is the model as it was"
+            )
 
 
 def is_named(name: str, patterns: str | Sequence[str]) -> bool:

@@ -1,5 +1,7 @@
 """Which modules a configuration finds; what attaching refuses."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,3 +175,47 @@ def test_a_context_of_ones_own_is_used() -> None:
     assert attached.context is context
     context.set(torch.randn(2, 8))
     attached.model(IDS)
+
+
+def compiled(module: nn.Module) -> Any:
+    return torch.compile(module, backend="eager")
+
+
+def in_part() -> nn.Module:
+    model = bert()
+    model.encoder.layer[1] = compiled(model.encoder.layer[1])
+    return model
+
+
+COMPILED: dict[str, tuple[Callable[[], Any], RoutedConfig]] = {
+    "model": (lambda: compiled(bert()), RoutedConfig(["query"])),
+    "block": (in_part, RoutedConfig(["query"])),
+    "module to save": (
+        in_part, RoutedConfig(["layer.0.attention.self.query"], modules_to_save=["intermediate"]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", COMPILED)
+def test_compiled_models_are_refused(what: str, tmp_path: Path) -> None:
+    make, config = COMPILED[what]
+    attach(bert(), config).save(tmp_path)
+    for given in (config, tmp_path):
+        model = make()
+        before = [name for name, _ in model.named_modules()]
+        with pytest.raises(ValueError, match=r"_orig_mod.* attach first, then compile"):
+            attach(model, given)
+        assert [name for name, _ in model.named_modules()] == before
+
+
+def test_compiling_comes_after_attaching(tmp_path: Path) -> None:
+    model = bert()
+    attached = attach(model, RoutedConfig(["query"], r=2))
+    for layer in attached.layers.values():
+        nn.init.normal_(layer.B)
+    with attached.using(torch.randn(2, 8)), torch.no_grad():
+        torch.testing.assert_close(compiled(model)(IDS)[0], model(IDS)[0])
+    attached.save(tmp_path)
+    assert attach(bert(), tmp_path).tensors().keys() == attached.tensors().keys()
+    beside = nn.ModuleDict({"text": bert(), "tower": compiled(nn.Linear(2, 2))})
+    assert len(attach(beside, RoutedConfig(["query"])).layers) == 3
