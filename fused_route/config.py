@@ -122,7 +122,8 @@ class RoutedConfig:
             "none" no layer reads a projector: it is added only for a context that `attach` was
             given, or a model that has one of its own, which may.
         projector: "trainable" or "frozen".
-        alpha, adapted, of: of `RoutedLinear` (host "lora"); alpha None: r.
+        alpha, adapted, of: of `RoutedLinear` (host "lora"); alpha None: r, as files have it and
+            comparisons see it; with another r (`dataclasses.replace`) it is that one.
         activation, bias, residual, norm: of `RoutedAdapter` (host "adapter").
         position: the adapter stands "after" or "before" its target. Targets that are layer norms
             give the positions before and after a norm.
@@ -176,8 +177,6 @@ class RoutedConfig:
                 f"layers_pattern={self.layers_pattern!r} is given without layers_to_transform, "
                 "share='block' or train=('norms',), which need the index of a layer"
             )
-        if self.host == "lora" and self.alpha is None:
-            object.__setattr__(self, "alpha", float(self.r))
         for name, accepted in NAMED.items():
             one_of(name, getattr(self, name), accepted)
         for item in self.train:
@@ -196,6 +195,20 @@ class RoutedConfig:
         if self.routed_by != "image" and self.visual_width is not None:
             raise ValueError(f"visual_width has no meaning for routed_by={self.routed_by!r}")
 
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, RoutedConfig) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return tuple((values | {"alpha": self._alpha()}).values())
+
+    def _alpha(self) -> float | None:
+        is_left_out = self.host == "lora" and self.alpha is None
+        return float(self.r) if is_left_out else self.alpha
+
     def routing(self) -> Routing:
         """The route in its modes."""
         return Routing(
@@ -209,6 +222,8 @@ class RoutedConfig:
     def to_json(self) -> dict[str, Any]:
         """Keys and values for adapter_config.json; other hosts' settings are left out."""
         values = {key: getattr(self, name) for key, name in _spelt(self.host).items()}
+        if "lora_alpha" in values:
+            values["lora_alpha"] = self._alpha()
         listed = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return {"peft_type": HOSTS[self.host].peft_type, **listed}
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,24 @@ def test_whatever_is_accepted_can_be_saved(arguments: dict[str, Any], tmp_path: 
     os.umask(umask)
     for file in (tmp_path / "made" / "on the way").iterdir():
         assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_alpha_that_was_left_out_is_the_rank(tmp_path: Path) -> None:
+    config = RoutedConfig(["query"], r=4)
+    for r in (4, 16):
+        other = replace(config, r=r)
+        assert other == RoutedConfig(["query"], r=r, alpha=r)
+        assert hash(other) == hash(RoutedConfig(["query"], r=r, alpha=r))
+        assert other.to_json()["lora_alpha"] == r
+        attached = attach(bert(), other)
+        assert {layer.alpha for layer in attached.layers.values()} == {r}
+        attached.save(tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == r
+        assert attach(bert(), tmp_path).config == other
+    assert replace(config, host="adapter") == RoutedConfig(["query"], "adapter", r=4)
+    given = RoutedConfig(["query"], r=4, alpha=4)
+    assert replace(given, r=16).alpha == 4 and replace(given, r=16) != replace(config, r=16)
+    assert config != "query"
 
 
 def test_tied_weights_and_strided_ones_are_saved_whole(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ def test_shipped_recipes_are_whole_and_come_back_from_their_own_yaml(
     again = tmp_path / "recipe.yaml"
     again.write_text(recipe.to_yaml())
     assert read_recipe(again) == recipe
+    alpha = yaml.safe_load(again.read_text())["adapter"]["alpha"]
+    assert (alpha is not None) == (recipe.adapter.host == "lora")  # runs of before have a number
     arguments_of(recipe, validated=True)
 
 

@@ -241,10 +241,10 @@ def peft_lora(model: nn.Module, config: RoutedConfig) -> PeftLora:
     a_rank = sum(sum(base_features(target.module)) for target in targets)
     below = routed // a_rank
     rank = max(1, min(below, below + 1, key=lambda rank: abs(rank * a_rank - routed)))
-    assert config.alpha is not None
+    s = config.to_json()["lora_alpha"] / config.r
     lora = LoraConfig(
         r=rank,
-        lora_alpha=config.alpha / config.r * rank,
+        lora_alpha=s * rank,
         lora_dropout=config.dropout,
         target_modules="|".join(re.escape(target.names[0]) for target in targets),
         fan_in_fan_out=any(isinstance(target.module, Conv1D) for target in targets),
