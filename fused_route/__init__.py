@@ -9,10 +9,10 @@ from .context import RoutingContext as RoutingContext
 from .context import VisualProjector as VisualProjector
 from .fold import Folded as Folded
 from .fold import fold as fold
-from .fold import merge as merge
 from .fold import unfold as unfold
 from .functional import routed_adapter as routed_adapter
 from .functional import routed_linear as routed_linear
+from .merge import merge as merge
 from .modules import RoutedAdapter as RoutedAdapter
 from .modules import RoutedLinear as RoutedLinear
 from .published import load_published as load_published

@@ -22,9 +22,9 @@ from .card import write_card
 from .checks import one_of, truth
 from .config import HOSTS, RoutedConfig, identity_of
 from .context import RoutingContext, VisualProjector, own_context
-from .fold import merge
 from .freezing import saved
 from .functional import IMPLS, PLANS, Impl, ProductPlan
+from .merge import merge
 from .modules import AdaptedModule
 from .routing_input import RoutingInput
 from .targets import find_targets, refuse_compiled

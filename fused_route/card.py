@@ -9,7 +9,7 @@ from . import __version__, checkpoint
 CARD = "README.md"
 START, END = "<!-- fused_route: written on every save -->", "<!-- end of fused_route -->"
 FORMULAS = {
-    "none": "x_t (plain LoRA: no image)",
+    "none": "x_t",
     "add": "x_t + x_v",
     "mul": "x_t ∘ x_v",
     "gram": "x_t x_vᵀ x_v",
@@ -22,6 +22,11 @@ TITLES = {
     "ROUTED_LORA": ("Routed LoRA", "y = base(x_h) + (lora_alpha / r) z Bᵀ"),
     "ROUTED_ADAPTER": ("Routed adapter", "y = {residual}act(z) Bᵀ + b_B"),
 }
+ROUTED = (
+    "The text's hidden states x_h are projected down, mixed there with the equally "
+    "projected image x_r, and projected up ([arXiv 2403.09377](https://arxiv.org/abs/2403.09377)):"
+)
+PLAIN = "The text's hidden states x_h are projected down and up; no image is mixed in:"
 SHOWN = (
     "r", "lora_alpha", "target_modules", "adapted", "of", "route", "transpose", "segments",
     "normalize", "pool", "routed_by", "inner_rank", "visual_width", "activation", "norm",
@@ -60,8 +65,10 @@ def section(config: Mapping[str, Any]) -> str:
     title, formula = TITLES[config["peft_type"]]
     route = str(config.get("route"))
     mixed = FORMULAS.get(route)
+    is_plain = route == "none"
     split = config.get("inner_rank") is not None
     down = "x_t = x_h Aᵀ Uᵀ, x_v = x_r A_vᵀ U_vᵀ" if split else "x_t = x_h Aᵀ, x_v = x_r Aᵀ"
+    down = "x_t = x_h Aᵀ" if is_plain else down
     formula = formula.format(residual="x_h + " if config.get("residual", True) else "")
     settings = [
         f"| {name} | `{config[name]}` |" for name in SHOWN if config.get(name) not in (None, [], ())
@@ -71,8 +78,7 @@ def section(config: Mapping[str, Any]) -> str:
             START,
             f"# {title}, route `{route}`",
             "",
-            "The text's hidden states x_h are projected down, mixed there with the equally "
-            "projected image x_r, and projected up ([arXiv 2403.09377](https://arxiv.org/abs/2403.09377)):",
+            PLAIN if is_plain else ROUTED,
             "",
             f"    {down}, z = {mixed or f'φ(x_t, x_v) of route {route!r}'}",
             f"    {formula}",
@@ -90,9 +96,24 @@ def section(config: Mapping[str, Any]) -> str:
             'model = PeftModel.from_pretrained(base_model, "this directory")',
             "```",
             "",
-            'or `fused_route.attach(base_model, "this directory")`. The update depends on the '
-            "image: it cannot be merged into the weights, and runtimes that expect plain LoRA "
-            "(vLLM, llama.cpp) cannot run it.",
+            f'or `fused_route.attach(base_model, "this directory")`. {_merging(config)}',
             END,
         ]
+    )
+
+
+def _merging(config: Mapping[str, Any]) -> str:
+    """Whether the update becomes part of the weights, and how."""
+    if config.get("route") != "none":
+        return (
+            "The update depends on the image: it cannot be merged into the weights, and runtimes "
+            "that expect plain LoRA (vLLM, llama.cpp) cannot run it."
+        )
+    if config["peft_type"] != "ROUTED_LORA":
+        return "It depends on no image, but an adapter cannot be merged into the weights."
+    return (
+        "The update depends on no image: "
+        '`fused_route.attach(base_model, "this directory").merge()` makes it part of the weights. '
+        "Runtimes that expect plain LoRA (vLLM, llama.cpp) run that model; these files they cannot "
+        "read."
     )

@@ -1,4 +1,4 @@
-"""Folding images into routed layers, and merging layers that no image routes.
+"""Folding images into routed layers.
 
 For a fixed image an affine route is z = x_t M + c, with M and c from the image alone, so that the
 image can become part of the weights:
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .bases import plain_base
 from .bottleneck import Bottleneck, More
 from .checks import one_of, whole
-from .modules import LinearCall, RoutedLinear
+from .modules import LinearCall
 from .reference import NO_DROPOUT, grouped, image_operand, ungrouped
 from .routes import Operand
 from .routing import Routing
@@ -333,70 +333,3 @@ def added(layer: LinearCall, weight: Tensor, A: Tensor) -> Tensor:
     ):
         blocks[i] = blocks[i] + layer.s * (B_g @ A_g)
     return torch.cat(blocks).to(weight.dtype)
-
-
-@torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
-    """Adds the updates of layers of route "none" to their bases, which then stand alone again.
-
-    Returns:
-        The model; where it is itself such a layer, its base.
-
-    Raises:
-        ValueError: a layer that an image routes (`fold` holds one image), an adapter, a base that
-            is no plain nn.Linear or Conv1D without hooks, or one whose weight is tied to another
-            module's. Nothing is then changed.
-    """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch module, got {type(model).__name__}")
-    layers = [module for module in model.modules() if isinstance(module, Bottleneck)]
-    if not layers:
-        raise ValueError(f"model={type(model).__name__} has no routed layer")
-    owners = _owners(model)
-    merged = {}
-    for layer in layers:
-        _refuse_unmergeable(layer, owners)
-        assert isinstance(layer, LinearCall)
-        weight, _ = plain_base(layer.base)
-        assert weight is not None
-        merged[layer] = weight, added(layer, weight, layer.A)
-    for layer, (weight, sum_) in merged.items():
-        weight.copy_(sum_)
-        layer.is_merged = True
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, RoutedLinear) and name:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.base)
-    return model.base if isinstance(model, RoutedLinear) else model
-
-
-def _refuse_unmergeable(layer: Bottleneck, owners: dict[int, set[int]]) -> None:
-    route = layer.routing.route
-    if route.takes != "nothing":
-        raise ValueError(
-            f"{layer.label}: route {route.name!r} depends on the image, so that no weight holds it "
-            "for all images; fold(model, x_r) holds one"
-        )
-    if not isinstance(layer, RoutedLinear):
-        raise ValueError(f"{layer.label} is an adapter: only routed linear layers merge")
-    if plain_base(layer.base)[0] is None:
-        raise ValueError(
-            f"{layer.label}: merging needs a base that is a plain nn.Linear or Conv1D without "
-            f"hooks, got {type(layer.base).__name__}"
-        )
-    if len(owners[_memory(layer.weight)]) > 1:
-        raise ValueError(f"{layer.label}: the base's weight is tied to another module's")
-
-
-def _owners(model: nn.Module) -> dict[int, set[int]]:
-    """Modules that hold a parameter, by the memory that it lies in."""
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(_memory(parameter), set()).add(id(module))
-    return owners
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() or id(tensor)

@@ -44,6 +44,21 @@ def test_every_route_has_its_formula() -> None:
     assert set(FORMULAS) == set(BUILT_IN) - {"self_gram"}
 
 
+MERGING = {
+    "lora": 'depends on no image: `fused_route.attach(base_model, "this directory").merge()`',
+    "adapter": "depends on no image, but an adapter cannot be merged",
+}
+
+
+@pytest.mark.parametrize("host", MERGING)
+def test_route_none_has_no_image(host: str, tmp_path: Path) -> None:
+    attached(host=host, route="none").save(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert MERGING[host] in card and "    x_t = x_h Aᵀ, z = x_t\n" in card
+    for part in ("x_v", "x_r", "depends on the image", "Runtimes that expect plain LoRA"):
+        assert (part in card) == (part.startswith("Runtimes") and host == "lora"), part
+
+
 def test_what_else_is_in_the_file_stays(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text("# Mine\n\nAccuracy 71 %.\n", encoding="utf-8")

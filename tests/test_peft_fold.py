@@ -1,6 +1,7 @@
 """Images folded into PEFT's routed layers: equal to unfolded ones, or refused."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from test_attach import IDS
 from test_peft import IMAGE, MODELS, adapter, drawn, lora
 from torch import Tensor
 
-from fused_route import fold
+from fused_route import attach, fold, merge
 
 peft = pytest.importorskip("peft", minversion="0.21")
 
@@ -81,3 +82,34 @@ def test_a_host_that_holds_an_image_comes_first() -> None:
         model.base_model.set_adapter(["b", "default"])
         with pytest.raises(ValueError, match="folded into its base: activate its adapter first"):
             model(IDS[:1])
+
+
+MERGES: dict[str, Callable[[Any], object]] = {
+    "merge_and_unload": lambda m: m.merge_and_unload(),
+    "merge_adapter": lambda m: m.merge_adapter(),
+    "a layer's": lambda m: next(x for x in m.modules() if hasattr(x, "active_views")).merge(),
+    "fused_route.merge": merge,
+}
+
+
+@pytest.mark.parametrize("way", MERGES)
+def test_plain_lora_merges_as_the_refusal_says(way: str, tmp_path: Path) -> None:
+    model = drawn(peft.get_peft_model(MODELS["bert"](), lora("bert", "none")))
+    with context_of(model).using(IMAGE):
+        expected = model(IDS)[0]
+    with pytest.raises(ValueError, match=r"save_pretrained.*attach\(base, directory\)\.merge\(\)"):
+        MERGES[way](model)
+    model.save_pretrained(tmp_path)
+    merged = attach(model.unload(), tmp_path).merge()
+    assert merged.state_dict().keys() == MODELS["bert"]().state_dict().keys()
+    torch.testing.assert_close(merged(IDS)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_an_image_routes_folds_as_the_refusal_says() -> None:
+    model = peft.get_peft_model(MODELS["bert"](), lora("bert"))
+    with pytest.raises(ValueError, match=r"depends on the image.* fold\(model, x_r\) holds one"):
+        merge(model)
+    plain = peft.get_peft_model(MODELS["bert"](), adapter("bert", "none"))
+    for refused in (merge, lambda m: m.merge_and_unload()):
+        with pytest.raises(ValueError, match="only routed linear layers merge"):
+            refused(plain)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..bottleneck import NO_REPLICAS, Bottleneck, Routed
 from ..config import HOSTS
+from ..merge import refuse_to_merge
 from ..modules import AdapterCall, LinearCall, behind, in_front
 from ..recording import Recorders
 
@@ -166,10 +167,10 @@ class RoutedTunerLayer(nn.Module, BaseTunerLayer):
         return [self.views[name] for name in self.active_adapter_names() if name in self.views]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(NO_MERGE)
+        refuse_to_merge(self)
 
     def unmerge(self) -> None:
-        raise ValueError(NO_MERGE)
+        refuse_to_merge(self)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise ValueError(NO_REPLICAS)
@@ -177,12 +178,6 @@ class RoutedTunerLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No weight holds what depends on the image."""
         return False
-
-
-NO_MERGE = (
-    "routed adapters cannot be merged: the update depends on the image; fused_route.fold(model, "
-    "image) holds one image"
-)
 
 
 class RoutedLoraLayer(RoutedTunerLayer):

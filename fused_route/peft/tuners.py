@@ -19,9 +19,10 @@ from ..build import (
 )
 from ..config import RoutedConfig
 from ..context import RoutingContext, own_context
+from ..merge import refuse_to_merge
 from ..targets import ALL_LINEAR, Target, find_targets
 from ..text import follow
-from .layers import NO_MERGE, RoutedAdapterLayer, RoutedLoraLayer, RoutedTunerLayer
+from .layers import RoutedAdapterLayer, RoutedLoraLayer, RoutedTunerLayer
 
 
 def context_of(model: nn.Module) -> RoutingContext:
@@ -199,12 +200,12 @@ class _RoutedModel(BaseTuner):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused."""
-        raise ValueError(NO_MERGE)
+        refuse_to_merge(self.model)
 
     unmerge_adapter = merge_adapter
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError(NO_MERGE)
+        refuse_to_merge(self.model)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused."""
