@@ -114,7 +114,8 @@ def check_routing_input(
     elif given.batch_size != x_h.shape[0]:
         raise ValueError(
             f"x_r is for a batch of {given.batch_size}, x_h is a batch of {x_h.shape[0]}; nothing "
-            "is broadcast (for beams: RoutingInput(x_r).repeated(beams))"
+            "is broadcast (for beams: RoutingInput(x_r).repeated(beams); an encoder runs before "
+            "that, with x_r: generate(encoder_outputs=…))"
         )
 
 

@@ -70,7 +70,8 @@ class _Image:
         if self.batch is not None and x_h.shape[0] != self.batch:
             raise ValueError(
                 f"{layer.label} has images for a batch of {self.batch} folded in, x_h is a batch "
-                f"of {x_h.shape[0]} (for beams: fold(…, beams=…))"
+                f"of {x_h.shape[0]} (for beams: fold(…, beams=…); an encoder runs before that, "
+                "without beams: generate(encoder_outputs=…))"
             )
 
     def __call__(self, x_h: Tensor, more: More, **base_out: Tensor) -> Tensor:
@@ -171,7 +172,9 @@ def fold(
             operand is kept; "host", B = 1 and linear layers only: the layer becomes a plain linear
             layer. Its W' is a copy beside W.
         beams: how many rows of a batch belong to each of several images. One image is that of
-            every row, however many there are.
+            every row, however many there are. The encoder of an encoder-decoder model runs once for
+            each text: call it with the images folded in without beams, and give what it returns to
+            `generate(encoder_outputs=…)` with them folded in for beams.
 
     Layers of route "none" stay as they are. A layer, or its base, that has changed since refuses to
     run; torch does not count changes through a parameter's `.data`, which go unseen: fold again.

@@ -121,6 +121,13 @@ class RoutingInput:
     def repeated(self, beams: int) -> "RoutingInput":
         """Every sample `beams` times in a row, as beam search expands a batch.
 
+        It expands that of an encoder-decoder model's decoder alone: the encoder is called first.
+
+            with context.using(given):
+                states = model.get_encoder()(input_ids, attention_mask=mask)
+            with context.using(given.repeated(beams)):
+                model.generate(encoder_outputs=states, attention_mask=mask, num_beams=beams)
+
         Raises:
             ValueError: packed sequences, which have no batch axis to expand, or what was made for
                 one layer already.
