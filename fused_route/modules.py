@@ -1,5 +1,6 @@
 """The two layers as modules; the functions do the rest."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from typing import Any
@@ -176,7 +177,9 @@ class RoutedLinear(LinearCall, Bottleneck):
         """The base's."""
         return self.base.bias
 
-    def forward(self, x_h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x_h: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if x_h is None:  # a model may name it as its own layer does
+            x_h = by_name(self.base, kwargs)
         return self.call(x_h, (args, kwargs))
 
     def extra_repr(self) -> str:
@@ -346,6 +349,19 @@ class AdaptedModule(nn.Module):
         if self.recorders.hooks:
             self.recorders.run(self, args, out)
         return out
+
+
+def by_name(base: Any, given: dict[str, Any]) -> Tensor:
+    """Takes out of keyword arguments the hidden states, by the name that the base has for them.
+
+    Raises:
+        ValueError: they are not there.
+    """
+    named = inspect.signature(getattr(base, "forward", base)).parameters
+    x_h = given.pop(next(iter(named), ""), None)
+    if x_h is None:
+        raise ValueError("x_h must be a floating-point tensor (B, …, d), got None")
+    return x_h
 
 
 def in_front(adapter: Callable[[Tensor], Tensor], label: str, call: More) -> More:

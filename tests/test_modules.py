@@ -297,6 +297,22 @@ def test_none_needs_no_image() -> None:
     torch.testing.assert_close(layer(x_h), layer.base(x_h) + x_h @ layer.A.T @ layer.B.T)
 
 
+@pytest.mark.parametrize("name", ["input", "x", "states"])  # of nn.Linear, Conv1D and one's own
+def test_a_model_may_name_the_input_as_its_own_layer_does(name: str) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    def double(states: Tensor) -> Tensor:
+        return states * 2
+
+    base = {"input": nn.Linear(D, D), "x": Conv1D(D, D), "states": double}[name]
+    layer = RoutedLinear(base, 4, route="none", in_features=D, out_features=D)
+    nn.init.normal_(layer.B)
+    x_h = torch.randn(2, 3, D)
+    assert torch.equal(layer(**{name: x_h}), layer(x_h))
+    with pytest.raises(ValueError, match=r"x_h must be a floating-point tensor .*, got None"):
+        layer(other=x_h)
+
+
 def test_rows_may_have_any_shape() -> None:
     layer = RoutedLinear(nn.Linear(D, D), 4)
     nn.init.normal_(layer.B)

@@ -393,3 +393,12 @@ def test_loading_with_little_memory(low_memory: bool, tmp_path: Path) -> None:
         MODELS["bert"](), tmp_path, low_cpu_mem_usage=low_memory
     )
     assert torch.equal(run(loaded), expected)
+
+
+def test_a_model_may_name_the_input_as_its_own_layer_does() -> None:
+    layer = layer_of(drawn(peft.get_peft_model(MODELS["bert"](), lora("bert", "none"))))
+    x_h = torch.randn(2, 3, 8)
+    expected = layer(x_h)
+    assert torch.equal(layer(input=x_h), expected)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(input=x_h), layer.base_layer(x_h))

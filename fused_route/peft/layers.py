@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..bottleneck import NO_REPLICAS, Bottleneck, Routed
 from ..config import HOSTS
 from ..merge import refuse_to_merge
-from ..modules import AdapterCall, LinearCall, behind, in_front
+from ..modules import AdapterCall, LinearCall, behind, by_name, in_front
 from ..recording import Recorders
 
 # Attributes of a layer that are no parameters.
@@ -189,7 +189,9 @@ class RoutedLoraLayer(RoutedTunerLayer):
         dict.fromkeys(w.split(".")[0] for w in HOSTS["lora"].tensors.values())
     )
 
-    def forward(self, x_h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x_h: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if x_h is None:
+            x_h = by_name(self.base_layer, kwargs)
         views = self.active_views()
         if not views:
             return self.base_layer(x_h, *args, **kwargs)
