@@ -176,7 +176,7 @@ def masked_mean(states: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         states: hidden states of a text, as a rule an encoder's.
         mask: (B, T) bool or integers, true or 1 where a token is valid; None: all are. Where none
-            is, 0.
+            is, 0. Not floats, in which models also write 0 for a valid token and −∞ for padding.
 
     Raises:
         ValueError: shapes other than these.
@@ -192,7 +192,7 @@ def masked_mean(states: Tensor, mask: Tensor | None = None) -> Tensor:
     if not is_tensor or mask.shape != states.shape[:2] or mask.device != states.device:
         raise ValueError(
             f"mask must be a bool or integer tensor (B, T) = {tuple(states.shape[:2])} on "
-            f"{states.device}, got {shown(mask)}"
+            f"{states.device}, got {shown(mask)}; where floats of 0 and 1 say it: mask.bool()"
         )
     valid = mask.bool().unsqueeze(-1)
     total = states.masked_fill(~valid, 0.0).sum(1, keepdim=True, dtype=wide)  # without their NaN

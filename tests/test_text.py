@@ -230,7 +230,7 @@ def test_long_texts_in_half_precision() -> None:
         torch.testing.assert_close(
             masked_mean(states, mask), torch.full((1, 1, 2), 20.0).half(), rtol=0.01, atol=0.1
         )
-    with pytest.raises(ValueError, match="mask must be a bool or integer tensor"):
+    with pytest.raises(ValueError, match=r"mask must be a bool or integer .*: mask\.bool\(\)"):
         masked_mean(states, torch.zeros(1, 8192))
 
 
