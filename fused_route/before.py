@@ -14,6 +14,8 @@ from .modules import AdaptedModule
 class _Before:
     """What `attach` changed in a model: what was there, by name.
 
+    Private, so that the reference does not show the constructor of `Attached`.
+
     Args:
         modules: the targets, under every name they have.
         requires_grad: of the parameters.
