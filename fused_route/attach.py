@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import __version__, checkpoint
-from .before import Before, find, put
+from .before import _Before, find, put
 from .bottleneck import Bottleneck
 from .build import (
     PROJECTOR,
@@ -52,14 +52,14 @@ class Attached:
         context: RoutingContext,
         layers: dict[str, Bottleneck],
         projector: VisualProjector | None,
-        before: Before,
+        before: _Before,
     ) -> None:
         self.model = model
         self.config = config
         self.context = context
         self.layers = layers
         self.projector = projector
-        self._before: Before | None = before
+        self._before: _Before | None = before
 
     def using(
         self, x_r: Tensor | RoutingInput | None = None, *, text_mask: Tensor | str | None = None
@@ -195,7 +195,7 @@ class Attached:
         before.saved, before.modules, before.buffers, self.layers = {}, {}, {}, {}
         return self.detach()
 
-    def _attached(self) -> Before:
+    def _attached(self) -> _Before:
         if self._before is None:
             raise ValueError("the routed layers were detached from the model")
         if any(layer.is_merged for layer in self.layers.values()):
@@ -290,7 +290,7 @@ def _attach(
             raise ValueError(f"model has a routed layer already ({name}): detach it first")
     refuse_uninitialised(model)
     targets = find_targets(model, config)
-    before = Before(saved=saved(model, config, targets))
+    before = _Before(saved=saved(model, config, targets))
     builder = Builder(model, config, context, options)
     built = [builder.build(target) for target in targets]
     widths = {layer.d for _, layer in built}

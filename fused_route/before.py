@@ -11,7 +11,7 @@ from .modules import AdaptedModule
 
 
 @dataclass
-class Before:
+class _Before:
     """What `attach` changed in a model: what was there, by name.
 
     Private, so that the reference does not show the constructor of `Attached`.
