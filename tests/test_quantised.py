@@ -125,5 +125,5 @@ def test_routed_as_any_other(kind: str, tmp_path: Path) -> None:
 def test_a_base_that_tells_no_widths_is_refused_by_name() -> None:
     model = vision_language("llama")
     model.language.model.layers[0].self_attn.q_proj = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: base=Sequential does not"):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: Sequential is no linear"):
         attach(model, RoutedConfig(["q_proj"], r=2))
