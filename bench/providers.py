@@ -27,7 +27,7 @@ from fused_route.checks import MOST
 Make = Callable[[Operands], Subject]
 
 MANY_ROWS = 8192  # of kernels/config.py, which needs Triton
-LONG = 1024  # rows of a sample, from which on its operand's gradient may go another way
+LONG = 128  # rows of a sample, from which on its operand's gradient may go another way
 
 
 @dataclass(frozen=True)

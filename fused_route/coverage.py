@@ -29,9 +29,9 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _rows_of_sample(x_h: Tensor, given: RoutingInput | None) -> int:
+def _rows_of_sample(x_h: Tensor, given: RoutingInput) -> int:
     """The most rows of a sample, where kernels may give it blocks of its own; else 0."""
-    if given is None or (given.x_r.shape[1] == 1 and given.operand is None):
+    if given.x_r.shape[1] == 1 and given.operand is None:
         return 0
     return given.longest if given.offsets is not None else x_h.shape[1:-1].numel()
 
@@ -136,8 +136,11 @@ def obstacle(
         return f"R = {A.shape[0]} bottleneck columns are more than {MAX_R}"
     if x_h.shape[:-1].numel() > MAX_ROWS:
         return f"{x_h.shape[:-1].numel()} rows are more than {MAX_ROWS}"
-    if (of_sample := _rows_of_sample(x_h, routing_input)) > MAX_OF_SAMPLE:
-        return f"{of_sample} rows of one sample with several visual tokens > {MAX_OF_SAMPLE}"
+    if routing_input is not None and (of_one := _rows_of_sample(x_h, routing_input)):
+        if of_one > MAX_OF_SAMPLE:
+            return f"{of_one} rows of one sample with several visual tokens > {MAX_OF_SAMPLE}"
+        if of_one * routing_input.batch_size > 16 * MAX_ROWS:  # of blocks with 16 rows
+            return f"{routing_input.batch_size} samples of up to {of_one} rows are too many"
     if isinstance(dropout, Dropout):
         return "masks of dropout are given; the kernels draw their own from a seed"
     route = routing.route

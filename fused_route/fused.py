@@ -161,9 +161,10 @@ def run(
     if given is not None:
         row_sample, offsets = given.row_sample, given.offsets
         if f.image == "owned":
-            x_r = one_vector(given.x_r, routing.pool)
-            if x_r.element_size() == 1:  # fp8, of which each chip loads some kinds or none
+            x_r = given.x_r
+            if x_r.element_size() == 1:  # fp8, which torch does not add up, and not all chips load
                 x_r = x_r.to(dtype)
+            x_r = one_vector(x_r, routing.pool)
         else:
             operand = prepared_operand(given, A, b_A, routing, f)
             f = f._replace(mix=operand.mix)

@@ -262,7 +262,9 @@ class Plan:
         steps = cdiv(self.N, self.tiles["forward"].BN)
         parts = kernels().config.parts(self.major, blocks * of_sample, steps)
         forward_grid, rows = (blocks, of_sample, parts), (M, T, *self.dropout)
-        is_long = T >= kernels().config.LONG_VECTORS * self.tiles["backward"].BM
+        config = kernels().config
+        is_long = T >= config.LONG_VECTORS * self.tiles["backward"].BM
+        is_long = is_long and S <= config.WEIGHT_PROGRAMS
         splits = self._splits(S, T)
         made = Sizes(M, S, T, pairs, is_long, splits, forward_grid, grids[0], grids[1], rows)
         self._sizes[M, S, longest] = made

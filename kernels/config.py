@@ -225,7 +225,8 @@ ALONG: dict[int, int] = {}
 # From so many steps through the rows of a sample on, the gradients of operands go another way: few
 # samples are few programs, and one of 32,768 rows took one of them 512 steps, of a second-level
 # cache's latency each. Vector operands then have a program a sample, which reads SUMMED elements of
-# partial sums at once; K's rows are split, as K3's are. Not timed (decision 57).
+# partial sums at once; K's rows are split, as K3's are. Not where WEIGHT_PROGRAMS are at work
+# anyway. Not timed (decision 57).
 LONG_VECTORS, LONG_MATRICES = 8, 16
 SUMMED = 4096
 

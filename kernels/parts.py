@@ -106,7 +106,7 @@ def kept_tile(
 
 @triton.jit
 def zero_beyond(sums, R: tl.constexpr, R_PAD: tl.constexpr):
-    """sums (BM, R_PAD) with zeros beyond column R: an infinity times the zeros there made NaN."""
+    """sums (BM, R_PAD) with zeros beyond column R: an infinity times zeros there is NaN."""
     if R != R_PAD:
         sums = tl.where((tl.arange(0, R_PAD) < R)[None, :], sums, 0.0)
     return sums
@@ -328,7 +328,7 @@ def mix(
         else:
             u = vector_operand(u_ptr, x_v, sample, routed, U, R, R_PAD)
             z = group_sums(x * u, G, R, R_PAD) * w
-    return tl.where(routed[:, None], z, x_t)
+    return zero_beyond(tl.where(routed[:, None], z, x_t), R, R_PAD)
 
 
 @triton.jit
@@ -353,7 +353,7 @@ def mix_backward(
         dx = dz
     if FIRST == "relu":
         dx = tl.where(x_t <= 0.0, 0.0, dx)  # NaN passes, as in torch
-    return tl.where(routed[:, None], dx, dz)
+    return zero_beyond(tl.where(routed[:, None], dx, dz), R, R_PAD)
 
 
 @triton.jit

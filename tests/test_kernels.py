@@ -213,9 +213,10 @@ def test_any_gradients_may_be_wanted(host: str, only: str, kept: str, route: str
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64], ids=str)
 def test_an_image_of_another_dtype(dtype: torch.dtype) -> None:
-    """Of 8 bits, which chips load some kinds of, and of 64."""
+    """Of 8 bits, which chips load some kinds of, and of 64; one visual token, and three pooled."""
     x_h, A, B = (torch.randn(*s) * s[-1] ** -0.5 for s in ((2, 5, 32), (8, 32), (32, 8)))
-    x_r = torch.randn(2, 32).to(dtype)
-    found = routed_adapter(x_h, A, B, x_r, impl="triton")
-    expected = routed_adapter(x_h, A, B, x_r, impl="reference")
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for Nv in (1, 3):
+        x_r = torch.randn(2, Nv, 32).to(dtype)
+        found = routed_adapter(x_h, A, B, x_r, impl="triton")
+        expected = routed_adapter(x_h, A, B, x_r, impl="reference")
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

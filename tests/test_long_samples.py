@@ -16,10 +16,21 @@ pytestmark = pytest.mark.interpret
 
 # Where tiles fit any chip, partial sums are of 32 rows each, and steps through K's of 32 or 64.
 LENGTHS = {torch.float32: 600, torch.bfloat16: 1100}
-ROUTES = {"add": 1, "mul": 1, "gram": 1, "gram_relu": 1, "expand": 1, "matrix": 3, "matrix_relu": 3}
+ROUTES = {
+    "add": 1,
+    "mul": 1,
+    "gram": 1,
+    "gram_relu": 1,
+    "expand": 1,
+    "unit": 1,
+    "matrix": 3,
+    "matrix_relu": 3,
+}
 
 
 def routing_of(route: str) -> Routing:
+    if route == "unit":  # u and w are given, and both have a gradient
+        return Routing("gram", normalize="unit")
     return Routing({"matrix": "gram", "matrix_relu": "gram_relu"}.get(route, route))
 
 

@@ -186,3 +186,23 @@ def test_one_sample_does_not_reach_another(route: str, value: float) -> None:
         grads = torch.autograd.grad(y[[0, 2]].sum(), list(t.values()), allow_unused=True)
         for grad in grads:
             assert grad is None or grad[[0, 2]].isfinite().all()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("value", [INF, -INF])
+@pytest.mark.parametrize("R", [5, 16])
+@pytest.mark.parametrize("route", ["add", "mul", "gram", "expand", "patches"])
+def test_columns_that_fill_a_tile_add_no_nan(route: str, R: int, value: float) -> None:
+    """Infinities stay what eager torch makes of them, or zero behind a relu."""
+    x_h, x_r = torch.rand(1, 2, 8) + 0.1, torch.rand(1, 3 if route == "patches" else 1, 8) + 0.1
+    A, B = torch.rand(R, 8) + 0.1, torch.rand(8, R) + 0.1
+    x_h[0, 0, 0] = value
+    y, expected = (
+        routed_adapter(
+            x_h, A, B, x_r, route="gram" if route == "patches" else route, activation="relu",
+            residual=False, impl=impl,
+        )
+        for impl in ("triton", "reference")
+    )  # fmt: skip
+    assert not expected.isnan().any()
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)

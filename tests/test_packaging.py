@@ -162,7 +162,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
     "fusion": {"routes", "routing"},
     "layout": set(),
     "plan": {"dropout", "fusion", "kernels", "layout"},
-    "ops": {"checks", "dropout", "fusion", "layout", "plan"},
+    "ops": {"dropout", "fusion", "layout", "plan"},
     "autograd": {"__version__", "fusion", "layout", "ops", "plan"},
     "coverage": {"reference", "routes", "routing", "routing_input"},
     "fused": {

@@ -119,7 +119,7 @@ HOSTS = {
 ROWS = {"fewest": 16, "few": 4224, "many": 16384}
 # Of a sample at most: with many rows enough for kernels that take those of one another way.
 LONGEST = {"fewest": 16, "few": 64, "many": 16384}
-S = 4  # samples
+SAMPLES = {"fewest": 4, "few": 80, "many": 4}  # few rows are blocks enough for K1's columns whole
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Layer:
 
     def inputs(self, f: Fusion) -> Inputs:
         of_x, of_A, _ = NUMBERS[self.numbers]
-        M, R, d, g = ROWS[self.rows], self.R, self.d, f.groups
+        M, S, R, d, g = ROWS[self.rows], SAMPLES[self.rows], self.R, self.d, f.groups
 
         def x(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=of_x, device="meta")
