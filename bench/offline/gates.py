@@ -66,8 +66,11 @@ SEEN_LATER: dict[tuple[str, int | str, bool], int] = {
     ("routed_forward", 90, True): 90, ("routed_backward", 90, True): 50,
     ("vector_gradient", 90, True): 2,
 }  # fmt: skip
+# What reads dx_t 4 bytes at a time with 3.6, of that selection: kernel, chip, numbers, R.
+NARROW_BEFORE = {("weight_partials", 100, "fp32", 32)}
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 BESIDES = SEEN_LATER if VERSION >= (3, 9) else SEEN_BEFORE if VERSION < (3, 8) else {}
+NARROW = NARROW_BEFORE if VERSION < (3, 8) else set()
 
 # As many bytes as the hidden states, and read from device memory: no tile may be too small.
 LARGE = ("x_ptr", "x_r_ptr", "dy_ptr", "base_ptr", "wide_ptr")
@@ -160,6 +163,10 @@ def faults(
         yield f"{count} buffers overwritten while a product reads them"
     if seen.atomics:
         yield f"{seen.atomics} atomics"
+
+
+def narrow_loads(specialisation: Specialisation, compiled: Any) -> Iterator[str]:
+    """Every load of a compiled kernel that is narrower than it must be."""
     parameters = [name for name, kind in specialisation.arguments if kind is not None]
     for load in loads(compiled, parameters):
         if (fault := narrow(load, specialisation)) is not None:
@@ -180,7 +187,10 @@ def check(case: Case, besides: Mapping[tuple[str, int | str, bool], int] = BESID
         lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
         return Finding(case, None, [f"does not compile: {type(error).__name__}: {lines[-1]}"])
     seen = resources(compiled)
-    return Finding(case, seen, list(faults(s, compiled, seen, most_spills(case, besides))))
+    found = list(faults(s, compiled, seen, most_spills(case, besides)))
+    if (name_of(case), case.arch, case.layer.numbers, case.layer.R) not in NARROW:
+        found += narrow_loads(s, compiled)
+    return Finding(case, seen, found)
 
 
 def most_spills(case: Case, besides: Mapping[tuple[str, int | str, bool], int]) -> int:
