@@ -76,7 +76,10 @@ class Routed(torch.autograd.Function):
         *tensors, x_t, x_v = ctx.saved_tensors
         # Hooks of saved tensors, such as offload them, may give them back with other strides.
         t, needs = all_readable(Inputs(*tensors)), ctx.needs_input_grad[3:]
-        x_t, x_v = (None if made is None else readable(made) for made in (x_t, x_v))
+        if x_t is not None:
+            x_t = readable(x_t)
+        if x_v is not None:
+            x_v = readable(x_v)
         wanted = Wanted(*needs[:8])
         g = ops.backward(ctx.plan, t, ctx.longest, ctx.s, readable(dy), x_t, x_v, wanted)
         base_out = dy if needs[BASE_OUT] else None
