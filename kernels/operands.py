@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .backward import down_backward
-from .parts import relu
+from .parts import relu, rows_of_sample
 
 
 @triton.jit
@@ -115,10 +115,7 @@ def matrix_gradient(
     split, S = tl.program_id(0) % splits, tl.num_programs(0) // splits
     i = tile // TILES * BN + tl.arange(0, BN)
     j = tile % TILES * BN + tl.arange(0, BN)
-    start, stop = b * T, b * T + T
-    if offsets_ptr is not None:
-        start = tl.load(offsets_ptr + b).to(tl.int32)
-        stop = tl.load(offsets_ptr + b + 1).to(tl.int32)
+    start, stop = rows_of_sample(offsets_ptr, b, T)
     start += tl.minimum(split * rows_per_split, stop - start)
     stop = start + tl.minimum(rows_per_split, stop - start)
     acc = tl.zeros([BN, BN], tl.float32)

@@ -12,9 +12,8 @@ import triton.language as tl
 
 
 @triton.jit
-def rows_of_sample(offsets_ptr, T):
-    """Where the rows of this program's sample start and stop, for "matrix"."""
-    sample = tl.program_id(0).to(tl.int32)
+def rows_of_sample(offsets_ptr, sample, T):
+    """Where the rows of a sample start and stop."""
     start, stop = sample * T, sample * T + T
     if offsets_ptr is not None:
         start = tl.load(offsets_ptr + sample).to(tl.int32)
@@ -31,7 +30,7 @@ def is_idle(offsets_ptr, T, MIX: tl.constexpr, BM: tl.constexpr):
     idle = False
     if MIX == "matrix":
         if offsets_ptr is not None:
-            start, stop = rows_of_sample(offsets_ptr, T)
+            start, stop = rows_of_sample(offsets_ptr, tl.program_id(0), T)
             idle = tl.program_id(1) * BM >= stop - start
     return idle
 
@@ -49,7 +48,7 @@ def block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX: tl.constexpr, BM: tl.c
         row (BM,) int64, inside (BM,), sample (BM,) int32, routed (BM,).
     """
     if MIX == "matrix":
-        start, stop = rows_of_sample(offsets_ptr, T)
+        start, stop = rows_of_sample(offsets_ptr, tl.program_id(0), T)
         row = start + tl.program_id(1) * BM + tl.arange(0, BM)
         inside = row < stop
         sample = tl.zeros([BM], tl.int32) + tl.program_id(0).to(tl.int32)
