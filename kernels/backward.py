@@ -3,21 +3,16 @@
 import triton
 import triton.language as tl
 
+from .mixes import activate, activation_slope, mix, mix_backward, u_gradient, w_gradient
 from .parts import (
     LONGEST_ROW,
-    activate,
-    activation_slope,
     base_tile,
     block_of_rows,
     bottleneck_tile,
     columns,
     is_idle,
     kept,
-    mix,
-    mix_backward,
     plus_base,
-    u_gradient,
-    w_gradient,
     zero_beyond,
 )
 

@@ -3,17 +3,8 @@
 import triton
 import triton.language as tl
 
-from .parts import (
-    LONGEST_ROW,
-    activate,
-    base_tile,
-    block_of_rows,
-    columns,
-    down,
-    is_idle,
-    mix,
-    plus_base,
-)
+from .mixes import activate, mix
+from .parts import LONGEST_ROW, base_tile, block_of_rows, columns, down, is_idle, plus_base
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from .backward import down_backward
-from .parts import relu, rows_of_sample
+from .mixes import relu
+from .parts import rows_of_sample
 
 
 @triton.jit
