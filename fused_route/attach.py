@@ -70,7 +70,8 @@ class Attached:
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """What an optimiser gets: every parameter of the model that requires a gradient.
 
-        After `attach` these are the routed layers', the projector's and modules_to_save's.
+        After `attach` these are the routed layers', the projector's, modules_to_save's and those
+        that the configuration's `train` names.
         """
         return (p for p in self.model.parameters() if p.requires_grad)
 

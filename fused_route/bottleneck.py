@@ -199,7 +199,10 @@ class Bottleneck(Routed, nn.Module):
         self.U_v = nn.Parameter(torch.empty(R, inner, **kind))
 
     def reset_parameters(self) -> None:
-        """Projections as nn.Linear starts, uniform in ±1/√(their input width); B, b_B at zero."""
+        """Projections as nn.Linear starts, uniform in ±1/√(their input width); B, b_B at zero.
+
+        With norm="after" B is drawn and norm_weight zero; with "before" norm_weight is one.
+        """
         for name in self._parameters:
             self._reset(name)
         self._is_empty = self.A.is_meta

@@ -108,7 +108,8 @@ class RoutedConfig:
         routed_by: "image", the features that the context is given; "text", the mean of each layer's
             own input over valid tokens, refused in decoders, where it would read the future;
             "encoder", the mean of the encoder's states, for layers of the decoder of a Hugging Face
-            encoder-decoder model. The last two take their masks from the model's own calls.
+            encoder-decoder model. There both take their masks from the model's own calls; in any
+            other model "text" needs `context.using(text_mask=…)` around the call.
         dropout: on the inputs of the down-projection, in training mode.
         layers_to_transform: indices of the layers in which targets count; None: all. The index is
             the first number in a module's name, or the one after `layers_pattern`.

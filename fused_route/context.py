@@ -37,7 +37,7 @@ class VisualProjector(nn.Module):
         )
 
     def forward(self, x: Tensor) -> dict[int, Tensor]:
-        """x_r by width, in the projector's dtype; the features' own width included, unprojected."""
+        """x_r by width, in the projector's dtype; that of the features' own width as given."""
         is_features = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
         if not is_features or x.shape[-1] != self.visual_width:
             raise ValueError(

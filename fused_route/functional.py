@@ -132,7 +132,7 @@ def routed_adapter(
         residual: whether x_h is added (the published GPT-2 does, its RoBERTa does not).
 
     Returns:
-        y, of the shape of x_h.
+        y, of the shape of x_h; in its dtype, or without residual that of the products (autocast's).
 
     Raises:
         ValueError: an argument that does not fit; the message names it and what is accepted.

@@ -96,7 +96,8 @@ class RoutedLinear(LinearCall, Bottleneck):
     """A linear layer with routed LoRA: y = base(x_h) + (alpha/r) · φ(x_h Aᵀ, x_r Aᵀ) Bᵀ.
 
     Args:
-        base: nn.Linear, Hugging Face Conv1D, or any callable from (…, d) to (…, of·n); it is kept.
+        base: nn.Linear, Hugging Face Conv1D, or any callable from (…, d) to (…, of·n); it is kept,
+            and not frozen (`attach` does that; else `base.requires_grad_(False)`).
             Where it is a frozen nn.Linear or Conv1D without hooks, its product is part of the
             kernels' operation, by `plan`; any other base is called.
         rank: r, per adapted segment.
@@ -234,8 +235,8 @@ class RoutedAdapter(AdapterCall, Bottleneck):
 
     Args:
         d: width of the hidden states.
-        rank, route, dropout, context, device, dtype, recompute, impl, inner_rank, routed_by: as in
-            `RoutedLinear`.
+        rank, route, dropout, context, recompute, impl, inner_rank, routed_by: as in `RoutedLinear`.
+        device, dtype: of its parameters; None: torch's defaults.
         activation: none, relu, gelu, gelu_tanh or silu.
         bias: whether there are b_A and b_B.
         residual: whether x_h is added.

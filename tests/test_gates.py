@@ -40,6 +40,11 @@ def test_a_selection_meets_every_demand() -> None:
     assert_sound(cases)
 
 
+def test_the_readme_says_how_many_the_whole_product_is() -> None:
+    readme = (Path(config.__file__).parent / "README.md").read_text()
+    assert f"the whole product of {len(all_cases()):,} cases" in readme
+
+
 def test_the_selection_has_every_row_of_the_table() -> None:
     """By kernel, R and tile: what `quick_cases` compiles is all that the tables have."""
     cases = quick_cases()

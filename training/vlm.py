@@ -181,9 +181,9 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
             pixel_values: (B, channels, H, W), or (B, n, channels, H, W) for n images a sample.
             visual_features: (B, Nv, visual_width) or (B, visual_width) in their place.
             visual_mask: (B, Nv), true where a visual token counts; None: all do.
-            Others are the language model's. Where visual tokens stand among the text, masks, types
-            and labels are still those of the text alone, and so are the states and scores
-            returned; attentions are of all tokens.
+            kwargs: the language model's. Where visual tokens stand among the text, masks, types and
+                labels are still those of the text alone, and so are the states and scores returned;
+                attentions are of all tokens.
 
         Raises:
             ValueError: both or, with visual_tokens, neither of pixel_values and visual_features;

@@ -28,7 +28,7 @@ class VisionLanguageConfig(PretrainedConfig):
         projection: "none", or "linear": features to the language model's width by a linear layer of
             the model's own, `image_projection`, which trains where modules_to_save names it.
         visual_tokens: whether the image is also put among the embedded text: "none", "before" it,
-            or "after" it (encoders alone).
+            or "after" it (encoders and encoder-decoders).
 
     Raises:
         ValueError: a value that is not accepted.

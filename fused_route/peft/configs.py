@@ -119,8 +119,9 @@ class RoutedLoraConfig(_Routed):
         lora_alpha: s = lora_alpha / r; None: r.
         lora_dropout: on the inputs of A.
         bias, use_dora and others of `peft.LoraConfig`: at their defaults only.
-        route, transpose, segments, pool, normalize, routed_by, inner_rank, visual_width, projector,
-            adapted, of: as in `RoutedConfig`.
+        route, transpose, segments, pool, normalize, routed_by, inner_rank: as in `RoutedConfig`.
+        visual_width, projector, adapted, of: as in `RoutedConfig`.
+        train: empty; PEFT trains what modules_to_save names.
 
     Raises:
         ValueError: a value that is not accepted.

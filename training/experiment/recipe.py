@@ -219,7 +219,7 @@ class Recipe:
             )
 
     def to_yaml(self) -> str:
-        """The recipe with all its values, as a file that `read` takes."""
+        """The recipe with all its values, as a file that `read_recipe` takes."""
         listed = {name: _plain(value) for name, value in asdict(self).items()}
         listed["adapter"]["alpha"] = self.adapter.to_json().get("lora_alpha")  # a number, not null
         return str(yaml.safe_dump(listed, sort_keys=False, allow_unicode=True))

@@ -29,8 +29,9 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a file.
 
     Args:
-        path: a YAML file, or the name of one that comes with the package, such as vqa-roberta-base.
-        overrides: of the command line, "--route gram" or "--adapter.route=gram": the whole name of
+        path: a YAML file, or the name of one that comes with the package, such as
+            vqa-roberta-base-lora.
+        overrides: of the command line, `--route gram` or `--adapter.route=gram`: the whole name of
             a setting, or its last part where that names one alone. See `SHORT` for other names.
 
     Raises:
