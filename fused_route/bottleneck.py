@@ -15,7 +15,7 @@ from .fused import product_dtype
 from .routes import Route
 from .routing import Routing, as_routing
 from .routing_input import RoutingInput
-from .together import Projected, is_plain, state_of
+from .together import Projected, is_captured, is_plain, state_of
 
 ROUTED_BY = ("image", "text")
 More = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a call beside x_h
@@ -110,7 +110,8 @@ class Routed:
             return False
         if not is_plain(self) or made.state != state_of(self, given.x_r):
             return False
-        if made.x_v.dtype != product_dtype(x_h):
+        # A graph that reads an x_v from before it would not see another image at its replay.
+        if made.x_v.dtype != product_dtype(x_h) or made.is_captured != is_captured(made.x_v):
             return False
         if not torch.is_grad_enabled():
             return True

@@ -10,14 +10,16 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .reference import Dropout
-from .routes import ROUTES
+from .routes import Route, is_built_in
 from .routing import Routing
 from .routing_input import RoutingInput
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_R = 256  # as in kernels/config.py, which is not imported for a question
-MAX_ROWS = 2**31 - 2**15  # the last split of K3 ends a few blocks beyond M, in 32 bits
+# Rows and the pairs (block, sample) of them, up to M + M / 16, are counted in 32 bits.
+MAX_ROWS = 2**30
 MAX_OF_SAMPLE = (2**16 - 1) * 16  # a grid's second axis, of the smallest blocks
+MAX_OF_ALL = 2**35  # samples times the rows of the longest
 
 # AMD's chips with matrix cores that Triton supports.
 AMD = ("gfx908", "gfx90a", "gfx942", "gfx950")
@@ -29,11 +31,17 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _rows_of_sample(x_h: Tensor, given: RoutingInput) -> int:
+def _rows_of_sample(x_h: Tensor, given: RoutingInput, route: Route) -> int:
     """The most rows of a sample, where kernels may give it blocks of its own; else 0."""
-    if given.x_r.shape[1] == 1 and given.operand is None:
+    is_vector = given.x_r.shape[1] == 1 and is_built_in(route)  # a user's may make a matrix
+    if is_vector and given.operand is None:
         return 0
     return given.longest if given.offsets is not None else x_h.shape[1:-1].numel()
+
+
+def is_long(given: RoutingInput) -> bool:
+    """Whether packed samples may be too long for blocks of their own."""
+    return given.longest > MAX_OF_SAMPLE or given.longest * given.batch_size > MAX_OF_ALL
 
 
 @cache
@@ -118,7 +126,7 @@ def obstacle(
         tensors = {"x_h": x_h, "A": A}
     elif takes_derivatives():
         return "torch.func and forward mode need derivatives that kernels do not have"
-    image = {}
+    route, image = routing.route, {}
     if routing_input is not None:
         image = {"x_r": routing_input.x_r, "x_v": routing_input.x_v}
     for name, tensor in {**tensors, **image}.items():
@@ -136,18 +144,28 @@ def obstacle(
         return f"R = {A.shape[0]} bottleneck columns are more than {MAX_R}"
     if x_h.shape[:-1].numel() > MAX_ROWS:
         return f"{x_h.shape[:-1].numel()} rows are more than {MAX_ROWS}"
-    if routing_input is not None and (of_one := _rows_of_sample(x_h, routing_input)):
+    if routing_input is not None and (of_one := _rows_of_sample(x_h, routing_input, route)):
         if of_one > MAX_OF_SAMPLE:
-            return f"{of_one} rows of one sample with several visual tokens > {MAX_OF_SAMPLE}"
-        if of_one * routing_input.batch_size > 16 * MAX_ROWS:  # of blocks with 16 rows
+            return f"{of_one} rows of one sample with a matrix of its own > {MAX_OF_SAMPLE}"
+        if of_one * routing_input.batch_size > MAX_OF_ALL:
             return f"{routing_input.batch_size} samples of up to {of_one} rows are too many"
     if isinstance(dropout, Dropout):
         return "masks of dropout are given; the kernels draw their own from a seed"
-    route = routing.route
     if route.scores == "text":
         return f"route {route.name!r} mixes tokens with each other"
-    if routing_input is None or routing.transpose != "eccv24" or routing_input.x_r.shape[1] == 1:
-        return None
-    if ROUTES.get(route.name) is not route or route.name in ("add", "mul"):
+    return None if routing_input is None else _pairing_obstacle(routing, routing_input)
+
+
+def _pairing_obstacle(routing: Routing, given: RoutingInput) -> str | None:
+    """Whether each visual token may meet a text token of its own, which kernels do not know."""
+    route, operand = routing.route, given.operand
+    if operand is not None:
+        rows = (
+            1 if operand.mix == "matrix" else max((t.shape[-2] for t in operand.tensors), default=1)
+        )
+        return f"operand {operand.mix} has {rows} rows a sample" if rows > 1 else None
+    # A user's published form is not known to be one vector or matrix a sample.
+    pairs = not is_built_in(route) or route.name in ("add", "mul")
+    if pairs and routing.transpose == "eccv24" and given.x_r.shape[1] > 1:
         return f"route {route.name!r} under transpose='eccv24' pairs visual with text tokens"
     return None

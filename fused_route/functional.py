@@ -77,6 +77,8 @@ def routed_linear(
         of = whole("of", of)
     if type(recompute) is not bool:
         truth("recompute", recompute)
+    if type(dropout) is bool:
+        probability("dropout", dropout)
     given = as_routing_input(x_r, routing)
     base = "frozen" if weight is not None and _is_frozen(weight, bias) else "given"
     settings = ("linear", routing, base, adapted, of, dropout, recompute, impl, plan)
@@ -140,6 +142,8 @@ def routed_adapter(
     routing = as_routing(route)
     if type(residual) is not bool or type(recompute) is not bool:
         truth("residual", residual), truth("recompute", recompute)
+    if type(dropout) is bool:
+        probability("dropout", dropout)
     given = as_routing_input(x_r, routing)
     settings = ("adapter", routing, activation, residual, dropout, recompute, impl)
     signature = known.signature((x_h, A, B, b_A, b_B), given, settings)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import autocasts
-from .coverage import takes_derivatives
+from .coverage import is_long, takes_derivatives
 from .fused import Prepared, product_dtype, products
 from .reference import Dropout
 from .routing_input import RoutingInput
@@ -43,7 +43,7 @@ def signature(
                 key += t.__class__, t.shape, t.dtype, t.device
         if given is not None:
             x_r, index = given.x_r, given.sample_index
-            rows = None if index is None else index.shape
+            rows = None if index is None else (index.shape, is_long(given))
             key += x_r.__class__, x_r.shape, x_r.dtype, x_r.device, given.mask is None, rows
             if given.x_v is not None:
                 x_v = given.x_v

@@ -9,7 +9,7 @@ those. All tensors but weight are contiguous; leading axes of x, y and dy are ro
 """
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import lru_cache, wraps
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
     offsets: Tensor | None
 
 
-@cache
+@lru_cache(1024)  # a schedule of dropout makes ever new ones, of 13 KB each
 def _plan(
     f: Fusion, D: int, N: int, R: int, many: bool, major: int | None, *dtypes: torch.dtype | None
 ) -> Plan:

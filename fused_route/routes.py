@@ -243,7 +243,13 @@ class RouteTable(Mapping[str, Route]):
         return route
 
 
-ROUTES = RouteTable(_table())
+_BUILT_IN = _table()
+ROUTES = RouteTable(dict(_BUILT_IN))
+
+
+def is_built_in(route: Route) -> bool:
+    """Whether this is a route of the library, and not a user's."""
+    return _BUILT_IN.get(route.name) is route
 
 
 def _named(name: str) -> Route:

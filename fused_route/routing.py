@@ -79,12 +79,14 @@ def unit(operand: Operand, first: str = "none") -> Operand:
 
     gram gets ‖K‖ = √C (for Nv = 1: ‖x_v‖ = C^¼), expand and ones ‖x_v‖ = 1, mul ‖x_v‖ = √C; add,
     which cannot multiply the scale of x_t, adds a vector of unit mean square. A zero operand (all
-    tokens masked) stays zero.
+    tokens masked) stays zero; one whose gain exceeds fp32 becomes NaN.
     """
     if operand.mix == "identity":
         return operand
     g = gain(operand, first)
-    factor = torch.where(g > FLOOR, torch.where(g > FLOOR, g, 1.0).rsqrt(), 0.0)
+    is_image = g > FLOOR
+    factor = torch.where(is_image, torch.where(is_image, g, 1.0).rsqrt(), 0.0)
+    factor = torch.where(g == math.inf, math.nan, factor)  # too large an image is no missing one
     *rest, last = operand.tensors
     return Operand(operand.mix, (*rest, (last * factor).to(last.dtype)))
 
@@ -224,7 +226,10 @@ def as_routing(route: str | Route | Routing) -> Routing:
         route = ROUTES[route]
     if torch.compiler.is_compiling():  # which looks through a cache, and warns of it
         return Routing(route)
-    return _in_default_modes(route)
+    try:
+        return _in_default_modes(route)
+    except TypeError:  # its functions have no hash
+        return Routing(route)
 
 
 @cache

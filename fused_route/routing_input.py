@@ -57,9 +57,7 @@ class RoutingInput:
         self._check_prepared()
         if self.mask is not None:
             self._check_mask(self.mask)
-            # what a masked token holds, NaN included, must not reach dA = … + gx_vᵀ x_r
-            x_r = self.x_r.masked_fill(~self.mask.unsqueeze(-1), 0.0)
-            object.__setattr__(self, "x_r", x_r)
+            object.__setattr__(self, "x_r", masked(self.x_r, self.mask))
         if self.sample_index is not None:
             self._find_rows(self.sample_index)
 
@@ -151,7 +149,7 @@ class RoutingInput:
                 f"x_r must be (B, Nv, d) with (B, Nv) = {tuple(self.x_r.shape[:2])}, got "
                 f"{tuple(x_r.shape)}"
             )
-        return self._with(x_r=x_r, x_v=None, operand=None)
+        return self._with(x_r=masked(x_r, self.mask), x_v=None, operand=None)
 
     def projected(self, x_v: Tensor) -> "RoutingInput":
         """The same with x_v (B, Nv, R), for the layer whose down-projection made it."""
@@ -168,6 +166,15 @@ class RoutingInput:
         for name in self.__dataclass_fields__:
             object.__setattr__(other, name, values.get(name, getattr(self, name)))
         return other
+
+
+def masked(x_r: Tensor, mask: Tensor | None) -> Tensor:
+    """x_r with zeros where a token is masked: NaN there must not reach dA = … + gx_vᵀ x_r."""
+    if mask is None:
+        return x_r
+    if x_r.element_size() == 1:  # fp8, in which nothing is filled; every value fits 16 bits
+        return x_r.to(torch.bfloat16).masked_fill(~mask.unsqueeze(-1), 0.0).to(x_r.dtype)
+    return x_r.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
 def masked_mean(states: Tensor, mask: Tensor | None = None) -> Tensor:

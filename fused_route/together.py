@@ -45,6 +45,7 @@ class Projected(NamedTuple):
 
     x_v: Tensor
     state: State
+    is_captured: bool = False  # by a CUDA graph: there is then no value before a replay
 
 
 class Together:
@@ -86,14 +87,19 @@ class Together:
             return made
         for layers in self._alike(inputs):
             x_r = inputs[layers[0].d].x_r
+            captured = is_captured(x_r)
             for layer, x_v in zip(layers, project(x_r, layers).unbind(), strict=True):
-                made[id(layer)] = Projected(x_v, state_of(layer, x_r))
+                made[id(layer)] = Projected(x_v, state_of(layer, x_r), captured)
         return made
 
     def _alike(self, inputs: Mapping[int, RoutingInput]) -> list[list[Projecting]]:
         """The layers that one product can serve, and is to."""
         alike: dict[State, list[Projecting]] = {}
-        for layer, when in self._when.items():
+        for ref in self._when.keyrefs():  # a list: other threads add layers meanwhile
+            layer = ref()
+            when = None if layer is None else self._when.get(layer)
+            if layer is None or when is None:
+                continue
             given = inputs.get(layer.d)
             if given is None or not layer.projects_as_is() or not is_plain(layer):
                 continue
@@ -112,6 +118,11 @@ class Together:
 def saves_launches(x_r: Tensor) -> bool:
     """Whether launches are what counts: on a CPU stacking every A costs more than it saves."""
     return x_r.device.type == "cuda"
+
+
+def is_captured(x_r: Tensor) -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return x_r.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_plain(layer: Projecting) -> bool:

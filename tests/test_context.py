@@ -90,6 +90,20 @@ def test_padding_rows_pass_unrouted() -> None:
     torch.testing.assert_close(y[-2:], x_h[-2:] + x_t[-2:] @ adapter.B.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_what_masked_tokens_hold_reaches_nothing(dtype: torch.dtype) -> None:
+    mask, x_r = torch.tensor([[True, False, True]]), torch.randn(1, 3, D).to(dtype)
+    others = x_r.float()
+    others[0, 1] = float("nan")
+    expected = RoutingInput(x_r, mask).x_r
+    for given in (
+        RoutingInput(others.to(dtype), mask),
+        RoutingInput(torch.zeros(1, 3, 2), mask).of(others.to(dtype)),
+    ):
+        assert given.x_r.dtype == dtype and torch.equal(given.x_r.float(), expected.float())
+    assert not expected.float()[0, 1].any() and expected.float()[0, 0].any()
+
+
 def test_packed_rows_must_match() -> None:
     routed = layer()
     with routed.context.using(packed([1, 2], torch.randn(2, D))):

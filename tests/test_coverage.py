@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fused_route import (
+    ROUTES,
     Dropout,
     Route,
     RoutedAdapter,
@@ -21,6 +22,7 @@ from fused_route import (
     coverage,
     fused,
     known,
+    matrix,
     ops,
     routed_linear,
     scale,
@@ -56,6 +58,10 @@ def test_what_kernels_do_not_cover_is_refused_by_name() -> None:
     refused("has no columns", **dict(zip(("x_h", "A", "B", "x_r"), empty, strict=True)))
     own = Route("own", lambda x_v: scale(x_v), published=lambda x_v: scale(x_v))
     refused("pairs visual", x_r=pairs["x_r"], route=Routing(own, compat="eccv24"))
+    with mock.patch.object(ROUTES, "_routes", {**ROUTES, "own": own}):  # as `register` does
+        refused("pairs visual", x_r=pairs["x_r"], route=Routing(own, compat="eccv24"))
+    rows = RoutingInput(torch.randn(2, 3, 8), operand=scale(torch.randn(2, 1, 3, 4)))
+    refused("operand scale has 3 rows a sample", x_r=rows, route=Routing("gram", compat="eccv24"))
 
 
 class Shard(torch.Tensor):
@@ -278,10 +284,40 @@ def test_a_sample_of_more_rows_than_a_grid_takes() -> None:
     """With several visual tokens blocks hold rows of one sample, and are counted in 16 bits."""
     x_h = torch.empty(2, coverage.MAX_OF_SAMPLE + 1, 8, device="meta")
     tensors = {"x_h": x_h, "A": A.to("meta"), "B": B.to("meta")}
-    for x_r, why in (
-        (torch.randn(2, 3, 8), "1048561 rows of one sample"),
-        (torch.randn(2, 8), None),
+    own = Route("own", lambda x_v: matrix(x_v.mT @ x_v))
+    for x_r, route, why in (
+        (torch.randn(2, 3, 8), "gram", "1048561 rows of one sample"),
+        (torch.randn(2, 8), "gram", None),
+        (torch.randn(2, 8), own, "1048561 rows of one sample"),
     ):
         given = RoutingInput(x_r.to("meta"))
-        found = coverage.obstacle(tensors, torch.float32, Routing("gram"), given, 0.0)
+        found = coverage.obstacle(tensors, torch.float32, Routing(route), given, 0.0)
         assert (found or "").startswith(why or "") and (found is None) == (why is None)
+
+
+def test_long_packed_samples_are_not_taken_for_short_ones_of_the_same_shape() -> None:
+    x_h, x_r = torch.randn(16, 8), torch.randn(4, 3, 8)
+
+    def call(lengths: list[int], impl: Literal["auto", "triton"] = "auto") -> None:
+        index = torch.arange(4).repeat_interleave(torch.tensor(lengths))
+        adapter(x_h, A, B, RoutingInput(x_r, sample_index=index), route="gram", impl=impl)
+
+    with (
+        mock.patch.object(coverage, "device_obstacle", return_value=None),
+        mock.patch.object(coverage, "MAX_OF_SAMPLE", 8),
+        mock.patch.object(fused, "run", return_value=x_h),
+    ):
+        call([4, 4, 4, 4], "triton")
+        with pytest.raises(ValueError, match="13 rows of one sample"):
+            call([13, 1, 1, 1], "triton")
+        call([13, 1, 1, 1])
+
+
+def test_false_is_no_probability_even_where_zero_is_known() -> None:
+    with (
+        mock.patch.object(coverage, "device_obstacle", return_value=None),
+        mock.patch.object(fused, "run", return_value=X_H),
+    ):
+        adapter(X_H, A, B, torch.randn(2, 8), dropout=0.0, impl="triton")
+        with pytest.raises(ValueError, match="dropout must be a finite number, got False"):
+            adapter(X_H, A, B, torch.randn(2, 8), dropout=False, impl="triton")

@@ -107,3 +107,26 @@ def test_generates_the_same_text(way: str, beams: int) -> None:
         found.append(text)
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[1], found[2]), "the image changes nothing"
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_a_graph_captured_inside_using_sees_the_features_of_its_replay() -> None:
+    """x_v that the context has made is from before the capture: layers make their own."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(6)))
+    attached = attach(model, RoutedConfig(r"\d", r=8))
+    for layer in attached.layers.values():
+        torch.nn.init.normal_(layer.B)
+    model.to(DEVICE)
+    x_h, features = torch.randn(2, 3, 64, device=DEVICE), torch.randn(2, 64, device=DEVICE)
+    other, graph = torch.randn_like(features), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        with attached.using(features):
+            model(x_h)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                y = model(x_h)
+        with attached.using(other):
+            expected = model(x_h)
+        features.copy_(other)
+        graph.replay()
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)

@@ -3,11 +3,13 @@
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from cases import BUILT_IN
+from torch import Tensor
 
 from fused_route import (
     ROUTES,
@@ -17,6 +19,7 @@ from fused_route import (
     Routing,
     matrix,
     rank1,
+    routed_adapter,
     routed_linear,
     scale,
     shift,
@@ -157,3 +160,22 @@ def test_unit_of_a_black_image_is_zero_with_a_finite_gradient(
     torch.testing.assert_close(z, x_t if name == "add" else torch.zeros_like(x_t))
     z.sum().backward()
     assert x_v.grad is not None and x_v.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["mul", "gram", "expand"])
+def test_unit_of_an_image_beyond_fp32_is_no_black_one(name: str) -> None:
+    routing, x_t = Routing(name, normalize="unit"), torch.randn(1, 1, 3, 8)
+    assert routing.mix(x_t, routing.operand(torch.full((1, 1, 2, 8), 1e25))).isnan().all()
+
+
+def test_a_route_need_not_have_a_hash() -> None:
+    @dataclass
+    class Times:  # with __eq__, so without __hash__
+        factor: float
+
+        def __call__(self, x_v: Tensor) -> Operand:
+            return scale(self.factor * x_v)
+
+    x_h, A, B, x_r = torch.randn(2, 3, 8), torch.randn(4, 8), torch.randn(8, 4), torch.randn(2, 8)
+    found = routed_adapter(x_h, A, B, x_r, route=Route("times", Times(1.0), takes="vector"))
+    assert torch.equal(found, routed_adapter(x_h, A, B, x_r, route="mul"))

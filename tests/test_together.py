@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import islice, product
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.offline.count_launches import count
-from fused_route import Attached, RoutedConfig, RoutingInput, attach, together
+from fused_route import Attached, RoutedConfig, RoutingInput, attach, bottleneck, together
 
 D, LAYERS = 8, 6
 ROUTES = ["add", "mul", "gram", "expand", "gram_relu", "ones"]
@@ -115,6 +116,36 @@ def test_only_what_is_current_is_used() -> None:
         first.dropout = 0.5
         found.context.set(image)
         assert not used()  # each layer drops by itself
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_captured_graph_reads_no_x_v_from_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does anything else read one that is there after a replay alone."""
+    found, image = attached("auto"), torch.randn(2, D)
+    first = next(iter(found.layers.values()))
+    during = dict.fromkeys(("made", "used"), False)
+    monkeypatch.setattr(together, "is_captured", lambda x_r: during["made"])
+    monkeypatch.setattr(bottleneck, "is_captured", lambda x_r: during["used"])
+    for made, used in product((False, True), repeat=2):
+        during |= {"made": made, "used": used}
+        with torch.no_grad(), found.using(image):
+            given = first.routing_input(torch.zeros(2, 1, D))
+        assert given is not None and (given.x_v is not None) == (made == used)
+
+
+def test_other_threads_may_add_layers_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, others = attached("together"), attached("together").layers.values()
+    left = iter(others)
+
+    def adds_another(layer: together.Projecting) -> bool:
+        for other in islice(left, 1):  # as its first call does, in a copy of a model
+            found.context.together.add(other, "together")
+        return True
+
+    monkeypatch.setattr(together, "is_plain", adds_another)
+    with found.using(torch.randn(2, D)):
+        assert len(found.context._thread.held.projected) == LAYERS
+    assert all(other in found.context.together for other in others)
 
 
 def test_a_bias_counts_too() -> None:
