@@ -85,7 +85,7 @@ class Routed:
         if self.routed_by == "text":
             given = self.context.pooled(x_h, self.label)
         else:
-            given = self.context.get(self.d, self.label)
+            given = self.context.get(self.d, self.label, getattr(x_h, "device", None))
         if self.A_v is not None and self.U_v is not None:
             x_r = given.x_r.to(x_h.dtype)
             if self.training and self.dropout:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .checks import shown, whole
-from .routing_input import RoutingInput, masked_mean
-from .together import Projected, Projecting, Together
+from .routing_input import RoutingInput, masked_mean, moved
+from .together import Projected, Projecting, Together, is_captured
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,18 +57,20 @@ class Held(NamedTuple):
         inputs: routing inputs by width.
         text_mask: which text tokens count where layers pool their own input; "all"; None: not set.
         projected: x_v by the ids of layers, where the context projected them together.
+        moved: copies of inputs on other GPUs, where layers of a model are on several.
         task: the backward pass in which this was set, -1 outside of any.
     """
 
     inputs: Mapping[int, RoutingInput]
     text_mask: Tensor | str | None
     projected: dict[int, Projected]
+    moved: dict[Any, RoutingInput]
     task: int
 
 
 def nothing() -> Held:
     """What a context holds at first."""
-    return Held({}, None, {}, -1)
+    return Held({}, None, {}, {}, -1)
 
 
 class _OfThread(threading.local):
@@ -129,7 +131,7 @@ class RoutingContext:
             held = held._replace(text_mask=_checked_mask(text_mask))
         if x_r is not None:
             inputs = self._by_width(x_r)
-            held = held._replace(inputs=inputs, projected=self.together.project(inputs))
+            held = held._replace(inputs=inputs, projected=self.together.project(inputs), moved={})
         self._thread.held = held
 
     def _by_width(self, x_r: Tensor | RoutingInput) -> Mapping[int, RoutingInput]:
@@ -149,11 +151,15 @@ class RoutingContext:
         """Forgets the routing input: routed layers then refuse to run."""
         self._thread.held = nothing()
 
-    def get(self, width: int, layer: str) -> RoutingInput:
+    def get(self, width: int, layer: str, device: torch.device | None = None) -> RoutingInput:
         """The routing input for a layer of this width.
 
+        Args:
+            device: of the layer; where it is another GPU than the image's, the image is copied
+                there, once for all layers on it. None: as it is.
+
         Raises:
-            ValueError: none is set, or none of this width.
+            ValueError: none is set, or none of this width; no device.
             RuntimeError: a checkpointed block is recomputed without its routing input.
         """
         inputs = self._now(layer).inputs
@@ -170,7 +176,21 @@ class RoutingContext:
                 "configuration visual_width, which adds a projector, or project the features "
                 "yourself"
             )
-        return inputs[width]
+        if not isinstance(device, (torch.device, type(None))):
+            raise ValueError(f"device must be a torch.device, got {shown(device)}")
+        given = inputs[width]
+        if device is None or not is_on_another_gpu(given.x_r, device):
+            return given
+        return self._on(device, width, given)
+
+    def _on(self, device: torch.device, width: int, given: RoutingInput) -> RoutingInput:
+        if torch.compiler.is_compiling():
+            return moved(given, device)
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), is_captured(given.x_r)
+        copies = self._thread.held.moved
+        if (key := (width, device, *modes)) not in copies:
+            copies[key] = moved(given, device)
+        return copies[key]
 
     def pooled(self, x_h: Tensor, layer: str) -> RoutingInput:
         """The routing input of a layer that is routed by its own text: the mean of x_h (B, T, d).
@@ -186,6 +206,8 @@ class RoutingContext:
                 "run the model inside `with context.using(text_mask=attention_mask):`, or "
                 "text_mask='all'"
             )
+        if isinstance(mask, Tensor) and is_on_another_gpu(mask, x_h.device):
+            mask = mask.to(x_h.device)
         try:
             return RoutingInput(masked_mean(x_h, mask if isinstance(mask, Tensor) else None))
         except ValueError as error:
@@ -264,8 +286,9 @@ class RoutingContext:
     @contextmanager
     def _restoring(self, held: Held) -> Iterator[None]:
         before = self._thread.held
-        # What was projected together is outside of the block: a recompute would find no product.
-        self._thread.held = held._replace(projected={}, task=backward_pass())
+        # What was projected together is outside of the block: a recompute would find no product,
+        # and a copy made without gradients would serve a layer that needs them.
+        self._thread.held = held._replace(projected={}, moved={}, task=backward_pass())
         try:
             yield
         finally:
@@ -282,6 +305,11 @@ class RoutingContext:
         inputs = self._thread.held.inputs
         held = {width: tuple(given.x_r.shape) for width, given in inputs.items()}
         return f"RoutingContext({held or 'empty'})"
+
+
+def is_on_another_gpu(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a layer's image has to follow it; one on a CPU is likelier a mistake."""
+    return tensor.device != device and tensor.device.type == device.type
 
 
 def own_context(model: nn.Module) -> RoutingContext | None:

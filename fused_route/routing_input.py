@@ -177,6 +177,13 @@ def masked(x_r: Tensor, mask: Tensor | None) -> Tensor:
     return x_r.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
+def moved(given: RoutingInput, device: torch.device) -> RoutingInput:
+    """The same features, valid tokens and rows on another device."""
+    held = {name: getattr(given, name) for name in given.__dataclass_fields__}
+    tensors = {name: x.to(device) for name, x in held.items() if isinstance(x, Tensor)}
+    return given._with(**tensors)
+
+
 def masked_mean(states: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean of the states (B, T, d) over valid tokens: (B, 1, d), a routing input of text.
 

@@ -103,6 +103,8 @@ class Together:
             given = inputs.get(layer.d)
             if given is None or not layer.projects_as_is() or not is_plain(layer):
                 continue
+            if layer.A.device != given.x_r.device:  # of a model on several GPUs
+                continue
             if when == "auto" and (torch.is_grad_enabled() or not saves_launches(given.x_r)):
                 continue
             A = layer.A

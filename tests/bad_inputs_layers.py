@@ -208,6 +208,7 @@ CONTEXT = [
                 bad("text", "8", "holds 8, 4"),
                 bad("type", [8], "holds 8, 4"),
             ],
+            "device": [bad("text", "cpu", "torch.device", "cpu"), bad("type", 0, "torch.device")],
         },
     ),
     Subject(

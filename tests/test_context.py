@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_route import RoutedAdapter, RoutedLinear, RoutingContext, RoutingInput, VisualProjector
+from fused_route import context as context_file
 
 D = 6
 
@@ -227,3 +228,56 @@ def test_what_a_recomputed_block_sets_does_not_stand_in_the_way() -> None:
     with routed.context.using(torch.randn(2, D)):
         checkpoint(block, x_h, use_reentrant=False).sum().backward()
         assert routed(x_h).shape == x_h.shape
+
+
+def routed_with(found: RoutedLinear) -> RoutingInput:
+    """What the layer is routed with on its device."""
+    given = found.routing_input(found.A)
+    assert given is not None
+    return given
+
+
+class TestOnSeveralGpus:
+    """The second GPU is the meta device here, which has shapes and no values."""
+
+    @pytest.fixture(autouse=True)
+    def _meta_is_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def is_elsewhere(tensor: Tensor, device: torch.device) -> bool:
+            return tensor.device != device
+
+        monkeypatch.setattr(context_file, "is_on_another_gpu", is_elsewhere)
+
+    def test_the_image_follows_once_for_all_layers_of_a_gpu(self) -> None:
+        context, meta = RoutingContext(), torch.device("meta")
+        layers = [layer(context), *(layer(context).to(meta) for _ in range(2))]
+        given = RoutingInput(torch.randn(2, 3, D, requires_grad=True), torch.ones(2, 3).bool())
+        with context.using(given):
+            first, *others = (routed_with(found) for found in layers)
+            with torch.no_grad():
+                without = routed_with(layers[1])
+            y = layers[1](torch.randn(2, 4, D, device=meta))
+        assert first is given and others[0] is others[1] and others[0].mask is not None
+        assert others[0].x_r.device == others[0].mask.device == y.device == meta
+        assert others[0].x_r.requires_grad and not without.x_r.requires_grad
+        with context.using(torch.randn(2, D)):
+            assert routed_with(layers[1]).x_r.shape == (2, 1, D)
+
+    def test_a_checkpointed_block_makes_its_own_copy(self) -> None:
+        context, found = RoutingContext(), layer().to("meta")
+        found.context = context
+        with context.using(torch.randn(2, D, requires_grad=True)):
+            with torch.no_grad():  # as reentrant checkpointing runs a block
+                inside = context.captured(lambda: routed_with(found))()
+            assert not inside.x_r.requires_grad
+            assert routed_with(found).x_r.requires_grad
+
+    def test_text_masks_follow_too(self) -> None:
+        context = RoutingContext()
+        with context.using(text_mask=torch.ones(2, 4, dtype=torch.long)):
+            assert context.pooled(torch.randn(2, 4, D, device="meta"), "layer").batch_size == 2
+
+
+def test_an_image_on_a_cpu_is_not_taken_to_another_kind_of_device() -> None:
+    found = layer().to("meta")
+    with found.context.using(torch.randn(2, D)), pytest.raises(ValueError, match="x_r is on cpu"):
+        found(torch.randn(2, 4, D, device="meta"))

@@ -130,3 +130,25 @@ def test_a_graph_captured_inside_using_sees_the_features_of_its_replay() -> None
         features.copy_(other)
         graph.replay()
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_an_image_follows_the_layers_of_a_model_on_two_gpus() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(12)))
+    attached = attach(model, RoutedConfig(r"\d+", r=8))
+    for layer in attached.layers.values():
+        torch.nn.init.normal_(layer.B)
+    x_h, features = torch.randn(2, 3, 64), torch.randn(2, 64)
+    results = []
+    for devices in (("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")):
+        first, second = (model[i : i + 6].to(d) for i, d in zip((0, 6), devices, strict=True))
+        image = features.to(devices[0]).requires_grad_()
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), attached.using(image):
+                y = second(first(x_h.to(devices[0])).to(devices[1]))
+            results.append(y.cpu())
+            if grad:
+                y.square().sum().backward()
+                results.append(image.grad.cpu())  # type: ignore[union-attr]
+    for mine, theirs in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

@@ -106,7 +106,7 @@ class CrossAttentionLinear(nn.Module):
         return torch.cat(blocks, -1)
 
     def _routing_input(self, x_h: Tensor) -> RoutingInput:
-        given = self.context.get(self.d, self.label)
+        given = self.context.get(self.d, self.label, getattr(x_h, "device", None))
         if given.sample_index is not None:
             raise ValueError("sample_index is given: cross-attention takes no packed sequences")
         if given.batch_size != x_h.shape[0] or x_h.shape[-1] != self.d:
