@@ -23,9 +23,14 @@ TITLES = {
     "ROUTED_ADAPTER": ("Routed adapter", "y = {residual}act(z) Bᵀ + b_B"),
 }
 ROUTED = (
-    "The text's hidden states x_h are projected down, mixed there with the equally "
-    "projected image x_r, and projected up ([arXiv 2403.09377](https://arxiv.org/abs/2403.09377)):"
+    "The text's hidden states x_h are projected down, mixed there with {source} x_r, which is "
+    "projected equally, and projected up ([arXiv 2403.09377](https://arxiv.org/abs/2403.09377)):"
 )
+SOURCES = {  # by `routed_by`
+    "image": "the image",
+    "text": "the mean of the layer's own text",
+    "encoder": "the mean of the encoder's states",
+}
 PLAIN = "The text's hidden states x_h are projected down and up; no image is mixed in:"
 SHOWN = (
     "r", "lora_alpha", "target_modules", "adapted", "of", "route", "transpose", "segments",
@@ -78,7 +83,7 @@ def section(config: Mapping[str, Any]) -> str:
             START,
             f"# {title}, route `{route}`",
             "",
-            PLAIN if is_plain else ROUTED,
+            PLAIN if is_plain else ROUTED.format(source=_source(config)),
             "",
             f"    {down}, z = {mixed or f'φ(x_t, x_v) of route {route!r}'}",
             f"    {formula}",
@@ -102,12 +107,17 @@ def section(config: Mapping[str, Any]) -> str:
     )
 
 
+def _source(config: Mapping[str, Any]) -> str:
+    """What x_r is made of."""
+    return SOURCES[config.get("routed_by") or "image"]
+
+
 def _merging(config: Mapping[str, Any]) -> str:
     """Whether the update becomes part of the weights, and how."""
     if config.get("route") != "none":
         return (
-            "The update depends on the image: it cannot be merged into the weights, and runtimes "
-            "that expect plain LoRA (vLLM, llama.cpp) cannot run it."
+            f"The update depends on {_source(config)}: it cannot be merged into the weights, and "
+            "runtimes that expect plain LoRA (vLLM, llama.cpp) cannot run it."
         )
     if config["peft_type"] != "ROUTED_LORA":
         return "It depends on no image, but an adapter cannot be merged into the weights."

@@ -59,6 +59,12 @@ def test_route_none_has_no_image(host: str, tmp_path: Path) -> None:
         assert (part in card) == (part.startswith("Runtimes") and host == "lora"), part
 
 
+def test_a_card_names_what_routes(tmp_path: Path) -> None:
+    attached(routed_by="text").save(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "mixed there with the mean of the layer's own text x_r" in card and "image" not in card
+
+
 def test_what_else_is_in_the_file_stays(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text("# Mine\n\nAccuracy 71 %.\n", encoding="utf-8")
