@@ -19,11 +19,12 @@ ALWAYS = ("model", "host", "route")  # in the name of a layer or step
 LONGEST = 300  # letters of an error; the result file has all of it
 NOTE = """Times are medians of the processes' medians; ± is (most − least) / median over processes.
 *wall*: eager calls with the host's time. *graph*: replay of a CUDA graph with a cold cache; its
-backward is the difference of the other two. *kernels*: sum of device kernels. *Modelled* numbers
-come from formulas (`bench/formula.py`) and the run's ceilings; all others are measured. The floor
-is the least time that those allow for reading inputs, writing outputs and the products; "of floor"
-is floor / time, so 100% is the most there is. Speed-up is the reference's time / the provider's;
-of the providers, peft, frozen and full compute something else than the operation: yardsticks.
+backward is the difference of the other two. *kernels*: sum of the times of device kernels, copies
+and sets of memory (up to commit bf837d1 without copies and sets). *Modelled* numbers come from
+formulas (`bench/formula.py`) and the run's ceilings; all others are measured. The floor is the
+least time that those allow for reading inputs, writing outputs and the products; "of floor" is
+floor / time, so 100% is the most there is. Speed-up is the reference's time / the provider's; of
+the providers, peft, frozen and full compute something else than the operation: yardsticks.
 *Cached features*: a step without its vision model, whose features of the images are given.
 "error" is explained under Errors; – was not measured. MB = 10⁶ bytes, GB = 10⁹."""
 

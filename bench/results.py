@@ -19,7 +19,7 @@ from bench.cases import Case
 FOLDER = Path(__file__).parent / "results"
 TOP = Path(__file__).parent.parent
 PASSES = ("forward", "backward", "both")
-# Eager calls with the host's time; replay of a CUDA graph with a cold cache; sum of kernels.
+# Eager calls with the host's time; replay of a CUDA graph, cold cache; sum of kernels and copies.
 TIMINGS = ("wall", "graph", "kernels")
 
 

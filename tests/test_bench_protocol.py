@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 from types import SimpleNamespace
@@ -212,3 +212,51 @@ def test_input_sets_live_until_the_last_replay(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(protocol, "replays", replays)
     protocol.graph(make, 4, 0.1)
     assert alive == [4, 4] and len(made) == 4
+
+
+def profiled(monkeypatch: pytest.MonkeyPatch, names: dict[str, float]) -> list[int]:
+    """Stands for the profiler: of each call events by name with their µs; the calls it saw."""
+    calls: list[int] = []
+
+    class Profile:
+        def __enter__(self) -> "Profile":
+            calls.append(0)
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def events(self) -> list[SimpleNamespace]:
+            found = [
+                SimpleNamespace(
+                    name=name, device_type=SimpleNamespace(name=where),
+                    is_user_annotation=name == "step",
+                    time_range=SimpleNamespace(elapsed_us=lambda us=us: us),
+                )
+                for where in ("CUDA", "CPU") for name, us in names.items()
+            ]  # fmt: skip
+            return found * calls[-1]
+
+    def called(*_: object) -> tuple[float, float, float]:
+        if calls:
+            calls[-1] += 1
+        return 0.0, 0.0, 0.0
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: Profile())
+    monkeypatch.setattr(protocol, "one_call", called)
+    monkeypatch.setattr(protocol, "GpuClock", protocol.HostClock)
+    return calls
+
+
+@pytest.mark.parametrize(("finish", "calls"), [(None, 10), (lambda: None, 2)])
+def test_copies_count_in_the_time_of_kernels_and_not_in_their_number(
+    finish: Callable[[], None] | None, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a step, which has thousands of kernels, two calls are profiled."""
+    seen = profiled(
+        monkeypatch, {"gemm": 20.0, "add": 5.0, "Memcpy DtoD (Device -> Device)": 3.0,
+                      "Memset (Device)": 1.0, "step": 50.0}
+    )  # fmt: skip
+    subject = Subject(lambda: torch.ones(1), {}, finish=finish)
+    assert protocol.kernels(subject) == pytest.approx((29e-6, 2.0))
+    assert seen == [calls]
