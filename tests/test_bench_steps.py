@@ -110,17 +110,28 @@ def test_every_source_of_features_is_made() -> None:
     assert tuple(vision.SOURCES) == FEATURES
 
 
-def assert_agrees(way: str) -> None:
-    actual, reference = (subject(CACHED, w, CPU).results() for w in (way, "reference"))
-    assert disagreement(actual, reference, truth(CACHED, CPU)) <= 2.0
+def assert_agrees(way: str, case: Case = CACHED) -> None:
+    actual, reference = (subject(case, w, CPU).results() for w in (way, "reference"))
+    assert disagreement(actual, reference, truth(case, CPU)) <= 2.0
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # its own
-def test_a_compiled_step_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", TINIES)
+def test_a_compiled_step_is_one_graph_and_agrees(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Mock(side_effect=partial(torch.compile, backend="aot_eager", fullgraph=True))
     monkeypatch.setattr(torch, "compile", whole)
-    assert_agrees("compile")
+    assert_agrees("compile", replace(CACHED, model=model, host=HOSTS[model]))
     whole.assert_called_once()
+
+
+def test_layers_that_may_be_left_out_draw_no_numbers() -> None:
+    """Of an encoder-decoder, whose compiled step would fall into a graph a layer."""
+    body = TINIES["tiny-bart"].body()
+    off = {name for name, module in body.named_modules() if not module.training}
+    assert off == {"encoder", "decoder"}
+    assert all(module.training for module in TINIES["tiny-roberta"].body().modules())
 
 
 @pytest.mark.interpret
