@@ -35,6 +35,7 @@ PER_SYNCHRONISATION = 50
 ROUNDS = 5
 GROUPS = 4  # of the calls of a turn, where a group needs no more
 GRAPH_GROUPS = 20  # of the replays of a graph
+CEILING_GROUP = 10  # calls
 Passes = dict[str, list[float]]
 
 
@@ -137,7 +138,7 @@ def grouped(subject: Subject, clock: Clock, calls: int) -> list[float]:
     return _group_seconds(call, clock, size, max(1, calls // size))
 
 
-def _group_seconds(run: Callable[[], None], clock: Clock, size: int, groups: int) -> list[float]:
+def _group_seconds(run: Callable[[], object], clock: Clock, size: int, groups: int) -> list[float]:
     """Seconds of a run, on average over each group of this size, with marks at the ends alone.
 
     Small groups follow each other without waiting: only the first of them finds an idle GPU.
@@ -307,7 +308,10 @@ def peak_bytes(subject: Subject) -> int:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> dict[str, Any]:
-    """{"copy": bytes/s of a large copy, read and written; "matmul": FLOP/s of a large product}."""
+    """{"copy": bytes/s of a large copy, read and written; "matmul": FLOP/s of a large product}.
+
+    In groups on a GPU: a single call would start on an idle one, with its launch in the time.
+    """
     on_gpu = device.type == "cuda"
     clock = clock_of(device)
     size = 2**30 if on_gpu else 2**27
@@ -316,18 +320,17 @@ def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> 
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = {}
-    for name, run in (("copy", lambda: target.copy_(source)), ("matmul", lambda: a @ b)):
+    runs: dict[str, Callable[[], object]] = {
+        "copy": lambda: target.copy_(source), "matmul": lambda: a @ b,
+    }  # fmt: skip
+    for name, run in runs.items():
         for _ in range(3):
             run()
         clock.wait()
         times: list[float] = []
         stop = time.perf_counter() + seconds
-        while time.perf_counter() < stop or len(times) < 5:
-            start = clock.mark()
-            run()
-            end = clock.mark()
-            clock.wait()
-            times.append(clock.seconds(start, end))
+        while time.perf_counter() < stop or not times:
+            times += _group_seconds(run, clock, CEILING_GROUP if on_gpu else 1, 5)
         best[name] = median(times)
     return {
         "copy": 2 * size / best["copy"],

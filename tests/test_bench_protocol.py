@@ -260,3 +260,25 @@ def test_copies_count_in_the_time_of_kernels_and_not_in_their_number(
     subject = Subject(lambda: torch.ones(1), {}, finish=finish)
     assert protocol.kernels(subject) == pytest.approx((29e-6, 2.0))
     assert seen == [calls]
+
+
+def test_ceilings_are_without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of 700 µs and a product of 1,500, each with 100 µs of the host's before it."""
+    gpu = Gpu(monkeypatch)
+
+    class OnGpu:
+        def copy_(self, source: object) -> None:
+            gpu.run(700.0, 100.0)
+
+        def __matmul__(self, other: object) -> None:
+            gpu.run(1500.0, 100.0)
+
+        def to(self, dtype: torch.dtype) -> "OnGpu":
+            return self
+
+    for name in ("randint", "empty_like", "randn"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: OnGpu())
+    found = protocol.ceilings(torch.device("cuda"), torch.bfloat16, 0.1)
+    assert found["copy"] == pytest.approx(2 * 2**30 / 700e-6, rel=0.01)
+    assert found["matmul"] == pytest.approx(2 * 8192**3 / 1500e-6, rel=0.01)
+    assert found["dtype"] == "bfloat16" and gpu.host < 0.4e6
