@@ -2,18 +2,21 @@
 
 Each process appends its records to a file of its own beside the result file, and starts where an
 interrupted one stopped; the result file holds all of them, and is written anew after every case.
+Another file says what a process is at: where it dies, that gets the error and the rest goes on.
 """
 
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -24,6 +27,9 @@ from bench.operands import DTYPES
 from bench.providers import PROVIDERS, check_names, obstacle, offered
 from bench.results import Record, Results
 from fused_route.checks import one_of
+
+if TYPE_CHECKING:
+    from bench.measure import Settings
 
 # What is measured where nothing is said: a grid, and the providers that need no compiler's minutes.
 DEFAULT_GRID = {"cuda": "headline", "cpu": "cpu"}
@@ -78,27 +84,68 @@ def run(arguments: Namespace) -> int:
         arguments.until = time.time() + arguments.budget
     out = arguments.out or results.path_for(results.environment(torch.device(arguments.device)))
     if arguments.share:
-        return warm_up(cases, names, arguments)
+        return warm_up(cases, names, arguments, out)
     if arguments.process is not None:
         return measure_all(cases, names, arguments, out)
-    stop = arguments.until
     again = [sys.executable, "-m", "bench", *sys.argv[1:], "--out", str(out)]
-    if stop is not None:
-        again += ["--until", str(stop)]
+    if arguments.until is not None:
+        again += ["--until", str(arguments.until)]
     if arguments.device == "cuda" and arguments.warm:
-        warm(again, arguments.warm, stop)
-    for process in range(arguments.processes):
-        while stop is None or time.time() < stop:
-            done = subprocess.run([*again, "--process", str(process)], check=False)
-            if done.returncode != LOST:  # its culprit is written down: the rest may go on
-                break
+        left = left_to_warm(cases, names, arguments, out)
+        warm(again, min(arguments.warm, len(left)), arguments.until)
+    went = [repeated(again, process, arguments, out) for process in range(arguments.processes)]
     if not out.exists():
+        if not all(went):
+            return 1
         raise ValueError(f"out={str(out)!r}: no process measured anything; see above")
-    return conclude(out)
+    return max(conclude(out), int(not all(went)))
+
+
+def repeated(again: list[str], process: int, arguments: Namespace, out: Path) -> bool:
+    """Starts one of the processes until it ends by itself; False, and why, where it did not.
+
+    One that lost its GPU has written down the culprit. One that died could not: what it was at
+    gets the error here. The rest may go on.
+    """
+    while arguments.until is None or time.time() < arguments.until:
+        at(out, process).unlink(missing_ok=True)
+        try:
+            code = subprocess.run([*again, "--process", str(process)], check=False).returncode
+        except OSError as error:
+            print(f"process {process} could not be started: {error}", file=sys.stderr)
+            return False
+        if code == 0:
+            return True
+        if code == LOST:
+            continue
+        how = f"signal {-code}" if code < 0 else f"status {code}"
+        print(f"process {process} ended with {how}", file=sys.stderr)
+        is_stopped = code in (-signal.SIGINT, -signal.SIGTERM)
+        if is_stopped or not note_death(how, process, arguments, out):
+            return False
+    return True
+
+
+def note_death(how: str, process: int, arguments: Namespace, out: Path) -> bool:
+    """Errors for what a process was at when it died; whether there was anything."""
+    found = at(out, process)
+    if not found.exists():
+        return False
+    about = json.loads(found.read_text())
+    environment = results.environment(torch.device(arguments.device))
+    where, lines = results.place(environment), part(out, process)
+    case = Case(**about["case"])
+    done = {(record.name, record.provider) for record in records_in(lines, where)}
+    left = [name for name in about["providers"] if (case.name, name) not in done]
+    for name in left:
+        error = f"the process ended with {how}"
+        append(lines, Record(case.name, case.to_json(), name, process, error=error), where)
+    merge(out, {"environment": environment, "ceilings": {}}, {})
+    return bool(left)
 
 
 def warm(again: list[str], shares: int, stop: float | None) -> None:
-    """Lets so many processes run the gates, for at most half of the time there is."""
+    """Lets so many processes, or none, run the gates, for at most half of the time there is."""
     few_threads = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     started = [
         subprocess.Popen(
@@ -154,13 +201,18 @@ def part(out: Path, process: int) -> Path:
     return out.with_name(f"{out.stem}.process{process}.jsonl")
 
 
+def at(out: Path, process: int) -> Path:
+    """Where a process writes what it is at, for who finds it dead."""
+    return out.with_name(f"{out.stem}.process{process}.at.json")
+
+
 def measure_all(cases: list[Case], names: list[str], arguments: Namespace, out: Path) -> int:
     """Measures what this process has not yet, a line for each record; LOST where the GPU is."""
-    from bench.measure import GpuLost, Settings, measure, one_line
+    from bench.measure import Settings
 
     device = torch.device(arguments.device)
     settings = Settings(device, arguments.seconds, arguments.process)
-    lines = part(out, arguments.process)
+    lines, current = part(out, arguments.process), at(out, arguments.process)
     lines.parent.mkdir(parents=True, exist_ok=True)
     about = {"environment": results.environment(device), "ceilings": {}}
     where = results.place(about["environment"])
@@ -175,18 +227,31 @@ def measure_all(cases: list[Case], names: list[str], arguments: Namespace, out: 
         bar.set_postfix_str(case.name)
         if arguments.until is not None and time.time() > arguments.until:
             continue
-        try:
-            for record in measure(case, left, settings):
-                append(lines, record, where)
-        except GpuLost as lost:
-            append(lines, lost.record, where)
+        results.write_whole({"case": case.to_json(), "providers": left}, current)
+        if not measure_one(case, left, settings, lambda record: append(lines, record, where)):
             return LOST
-        except Exception as error:  # of the case as a whole: too large, most likely
-            for name in left:
-                failed = Record(case.name, case.to_json(), name, arguments.process)
-                append(lines, replace(failed, error=one_line(error)), where)
         merge(out, about, asked)
+    current.unlink(missing_ok=True)
     return 0
+
+
+def measure_one(
+    case: Case, names: list[str], settings: "Settings", add: Callable[[Record], None]
+) -> bool:
+    """Adds the records of a case, each as soon as it is whole; False where the GPU is lost."""
+    from bench.measure import GpuLost, measure, one_line
+
+    try:
+        for record in measure(case, names, settings):
+            add(record)
+    except GpuLost as lost:
+        add(lost.record)
+        return False
+    except Exception as error:  # of the case as a whole: too large, most likely
+        for name in names:
+            failed = Record(case.name, case.to_json(), name, settings.process)
+            add(replace(failed, error=one_line(error)))
+    return True
 
 
 def in_turns(
@@ -213,19 +278,38 @@ def append(lines: Path, record: Record, where: str) -> None:
         file.write(json.dumps({**asdict(record), "where": where}) + "\n")
 
 
-def warm_up(cases: list[Case], names: list[str], arguments: Namespace) -> int:
+def warm_up(cases: list[Case], names: list[str], arguments: Namespace, out: Path) -> int:
     """Runs some cases' gates, so that compilers have their results on disk; says nothing of them.
 
-    Triton compiles in one thread: several processes at once save minutes on a card.
+    Triton compiles in one thread: several processes at once save minutes on a card. What inductor
+    finds fastest while they share the card is not kept on disk: who measures finds it anew.
     """
+    from torch._inductor import config as inductor
+
     from bench.measure import Settings, makers_of
 
+    inductor.autotune_local_cache = False
+    settings = Settings(torch.device(arguments.device))
     first, of = map(int, arguments.share.split("/"))
-    for case in cases[first::of]:
-        for maker in makers_of(case, names, Settings(torch.device(arguments.device))).values():
+    for case, left in left_to_warm(cases, names, arguments, out)[first::of]:
+        for maker in makers_of(case, left, settings).values():
             with contextlib.suppress(Exception):  # measured again, and said, in the run itself
                 maker.gate()
     return 0
+
+
+def left_to_warm(
+    cases: list[Case], names: list[str], arguments: Namespace, out: Path
+) -> list[tuple[Case, list[str]]]:
+    """What one of the processes has still to measure: a second call warms no more than that."""
+    device = torch.device(arguments.device)
+    where = results.place(results.environment(device))
+    done = [
+        {(record.name, record.provider) for record in records_in(part(out, process), where)}
+        for process in range(arguments.processes)
+    ]
+    asked = {case.name: offered(case, names, device) for case in cases}
+    return in_turns(cases, asked, [], set.intersection(*done))
 
 
 def records_in(lines: Path, where: str) -> list[Record]:
