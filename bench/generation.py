@@ -14,6 +14,7 @@ import importlib.util
 import json
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -28,7 +29,7 @@ from bench.memory import size
 from bench.models import disagreement
 from bench.operands import DTYPES
 from bench.providers import obstacle
-from bench.results import FOLDER, environment, for_writing, path_for, write_whole
+from bench.results import FOLDER, begun, environment, for_writing, path_for, write_whole
 from bench.runners import Runner, Start, Task, held
 from bench.subject import Subject
 from bench.tables import Table, markdown, number
@@ -50,6 +51,7 @@ NAMES = {"model": DECODERS, "host": ORDER, "route": ROUTES, "dtype": tuple(DTYPE
 ROUNDS = 3
 CHECKED = 16  # new tokens that are compared in fp32
 GRAPH_SECONDS = 0.1
+SPENT = "the budget was spent"
 # What is measured where nothing is said.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"model": ["gpt2", "gpt2-medium"], "dtype": ["bf16"], "new": 64},
@@ -82,6 +84,11 @@ class Row:
     bytes: dict[str, int] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     error: str | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a second call would find no more."""
+        return self.error is None and SPENT not in self.absent.values()
 
     def rates(self) -> list[float]:
         """[median, lowest, highest] new tokens a second of the whole batch; [] without a time."""
@@ -211,9 +218,11 @@ def step_in_a_graph(runner: Runner, task: Task) -> list[float]:
     return protocol.summary(protocol.replays(graph, protocol.GpuClock(), GRAPH_SECONDS))
 
 
-def measure(task: Task, device: torch.device, seconds: float, until: float) -> list[Row]:
+def measure(
+    task: Task, device: torch.device, seconds: float, until: float, ways: Iterable[str] = WAYS
+) -> list[Row]:
     """A row for every way; one that fails stops no other."""
-    rows = {way: Row(asdict(task), way) for way in WAYS}
+    rows = {way: Row(asdict(task), way) for way in ways}
     failed, runners = dict[str, Exception](), dict[str, Runner]()
     start = Start(task, device)
     gate = Gate(start)
@@ -238,7 +247,7 @@ def measure(task: Task, device: torch.device, seconds: float, until: float) -> l
 
 def _add_step(row: Row, runner: Runner, task: Task, until: float) -> None:
     if time.monotonic() > until:
-        row.absent["step"] = "the budget was spent"
+        row.absent["step"] = SPENT
         return
     try:
         row.times["step"] = step_in_a_graph(runner, task)
@@ -343,30 +352,44 @@ def _tasks(given: dict[str, Any], prompt: int, r: int) -> list[Task]:
 
 
 def main(arguments: Namespace) -> int:
-    """Measures every task, prints a table and writes a file; 1 where a way failed."""
+    """Measures every task, prints a table and writes a file; 1 where a way failed.
+
+    Ways of tasks that the file has already, from the same place, are not measured again.
+    """
     tasks, until = chosen(arguments), time.monotonic() + arguments.budget
-    device, rows, left = torch.device(arguments.device), list[Row](), list[str]()
+    device, left = torch.device(arguments.device), list[str]()
     where = environment(device)
     out = for_writing(arguments.out or FOLDER / f"generation-{path_for(where).name}")
-    for i, task in enumerate(tasks, 1):
-        try:
-            rows += measure(task, device, arguments.seconds, until)
-        except Exception as error:  # of the task as a whole: too large, most likely
-            rows += [Row(asdict(task), way, error=one_line(error)) for way in WAYS]
-        for row in rows[-len(WAYS) :]:
+    rows = {(str(row["task"]), row["way"]): Row(**row) for row in begun(out, where)}
+    done = {key for key, row in rows.items() if row.is_whole}
+    todo = [(task, [way for way in WAYS if (str(asdict(task)), way) not in done]) for task in tasks]
+    todo = [(task, ways) for task, ways in todo if ways]
+    for i, (task, ways) in enumerate(todo, 1):
+        for row in _measured(task, ways, device, arguments.seconds, until):
+            rows[str(row.task), row.way] = row
             if row.times or row.error:
                 said = row.error or f"{number(row.rates()[0])} tokens/s"
                 print(f"{task.name}, {WAYS[row.way]}: {said}", flush=True)
-        left = [other.name for other in tasks[i:]]
-        found = {"seconds": arguments.seconds, "rows": [asdict(row) for row in rows], "left": left}
-        write_whole({"what": "greedy generation", "environment": where, **found}, out)
+        left = [other.name for other, _ in todo[i:]]
+        found = {"seconds": arguments.seconds, "rows": [asdict(row) for row in rows.values()]}
+        found |= {"what": "greedy generation", "environment": where, "left": left}
+        write_whole(found, out)
         if is_lost(device) or time.monotonic() > until:
             break
-    print(f"\n{document(rows)}\n")
+    print(f"\n{document([*rows.values()])}\n")
     if left:
         print(f"not begun, for the budget or a lost GPU: {', '.join(left)}")
     print(f"next: docs/benchmarks.md says what {out} means")
-    return int(any(row.error for row in rows))
+    return int(any(row.error for row in rows.values()))
+
+
+def _measured(
+    task: Task, ways: list[str], device: torch.device, seconds: float, until: float
+) -> list[Row]:
+    try:
+        return measure(task, device, seconds, until, ways)
+    except Exception as error:  # of the task as a whole: too large, most likely
+        return [Row(asdict(task), way, error=one_line(error)) for way in ways]
 
 
 def read(path: Path) -> list[Row]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +30,14 @@ from bench.offline.count_launches import saved
 from bench.offline.live_bytes import LiveBytes, without_values
 from bench.operands import DTYPES
 from bench.protocol import clock_of, one_call
-from bench.results import FOLDER, environment, write_whole
+from bench.results import FOLDER, begun, environment, for_writing, write_whole
 from bench.subject import Subject
 from bench.tables import Table, markdown, number
 from fused_route import attach
 
 VISUAL_WIDTH = 768
 COUNTED = FOLDER / "memory-counted.json"
+ONLY_COUNTED = "counted, not measured"
 
 
 @dataclass(frozen=True)
@@ -211,19 +213,29 @@ def measured(case: Case, name: str, device: torch.device) -> int:
 
 def row(case: Case, name: str, device: torch.device) -> Row:
     """A variant, counted; and on a GPU measured."""
-    found, on_gpu = Row(case.to_json(), name), device.type == "cuda"
+    found, on_gpu, why = Row(case.to_json(), name), device.type == "cuda", list[str]()
     major = torch.cuda.get_device_capability(device)[0] if on_gpu else 9
-    if VARIANTS[name].autocasts:
-        found.absent = "not counted: autocast does not know the meta device"
-    else:
-        with without_values(major):
-            found = counted(case, name, torch.device("meta"))
-    if on_gpu:
-        try:
+    try:
+        if VARIANTS[name].autocasts:
+            why.append("not counted: autocast does not know the meta device")
+        else:
+            with without_values(major):
+                found = counted(case, name, torch.device("meta"))
+    except Exception as error:  # whatever a variant stumbles on is its result
+        why.append(f"not counted: {one_line(error)}")
+    try:
+        if on_gpu:
             found.measured = measured(case, name, device)
-        except Exception as error:  # whatever a variant stumbles on is its result
-            found.absent = f"not measured: {one_line(error)}"
+    except Exception as error:
+        why.append(f"not measured: {one_line(error)}")
+    found.absent = "; ".join(why)
     return found
+
+
+def is_whole(row: Row, device: torch.device) -> bool:
+    """Whether all was counted and measured that can be on this device."""
+    is_counted = row.peak is not None or VARIANTS[row.variant].autocasts
+    return is_counted and (device.type == "cpu" or row.measured is not None)
 
 
 def table(rows: list[Row]) -> Table:
@@ -240,7 +252,7 @@ def table(rows: list[Row]) -> Table:
     names = [f"{h}: {labels[i]}" if key in several else h for h, key, i in columns]
     lines = [["", *names]]
     for variant in dict.fromkeys(row.variant for row in rows):
-        found = [getattr(by[of[i], variant], key, None) for _, key, i in columns]
+        found = [getattr(by.get((of[i], variant)), key, None) for _, key, i in columns]
         cells = ["–" if x is None else number(x / 1e6) for x in found]
         lines.append([VARIANTS[variant].says, *cells])
     return lines
@@ -259,13 +271,17 @@ def document(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def write(rows: list[Row], device: torch.device, path: Path) -> None:
-    """All rows so far, whole or not at all, with the versions that made them."""
+def about(device: torch.device) -> dict[str, Any]:
+    """What is counted or measured, and the versions that do it; of a GPU which."""
     where = environment(device)
     keys = ("versions", "commit", "date", *(("device", "driver") if device.type == "cuda" else ()))
-    what = "counted" if device.type == "cuda" else "counted, not measured"
-    found = {"what": what, **{key: where[key] for key in keys}, "rows": [asdict(r) for r in rows]}
-    write_whole(found, path)
+    what = "counted" if device.type == "cuda" else ONLY_COUNTED
+    return {"what": what, **{key: where[key] for key in keys}}
+
+
+def write(rows: Iterable[Row], where: dict[str, Any], path: Path) -> None:
+    """All rows so far, whole or not at all, with what `about` says."""
+    write_whole({**where, "rows": [asdict(row) for row in rows]}, path)
 
 
 def read(path: Path) -> list[Row]:
@@ -281,15 +297,22 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Counts every variant of the cases, prints a table and writes a file."""
-    device, rows = torch.device(arguments.device), list[Row]()
+    """Counts every variant of the cases, prints a table and writes a file; 1 where one failed to.
+
+    Rows that the file has already, from the same place, are not made again.
+    """
+    device, out = torch.device(arguments.device), for_writing(arguments.out)
     chosen = [case for case in cases() if fnmatchcase(case.name, arguments.case)]
     if not chosen:
         raise ValueError(f"case: none of python -m bench memory matches {arguments.case!r}")
-    for case in chosen:
-        for name in VARIANTS:
-            rows.append(row(case, name, device))
-            print(f"{case.name} {name}: {rows[-1].peak} {rows[-1].measured or ''}", flush=True)
-            write(rows, device, arguments.out)
-    print(f"\n{document(rows)}\n\nnext: docs/benchmarks.md says what {arguments.out} means")
-    return 0
+    where = about(device)
+    before = [Row(**found) for found in begun(out, where, again=ONLY_COUNTED)]
+    rows = {(Case(**found.case).name, found.variant): found for found in before}
+    for case, name in product(chosen, VARIANTS):
+        key = case.name, name
+        if key not in rows or not is_whole(rows[key], device):
+            rows[key] = row(case, name, device)
+            print(f"{case.name} {name}: {rows[key].peak} {rows[key].measured or ''}", flush=True)
+            write(rows.values(), where, out)
+    print(f"\n{document([*rows.values()])}\n\nnext: docs/benchmarks.md says what {out} means")
+    return int(not all(is_whole(found, torch.device("cpu")) for found in rows.values()))

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,34 @@ def write_whole(found: dict[str, Any], path: Path) -> None:
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(found, indent=1) + "\n")
     beside.replace(path)
+
+
+def begun(path: Path, where: dict[str, Any], again: str = "") -> list[dict[str, Any]]:
+    """The rows of a file that an earlier call left, to go on from; [] where there are none.
+
+    A file of other code, versions or another device is moved aside, so that nothing measured is
+    lost; so is one that cannot be read.
+
+    Args:
+        where: of this call: "commit", "versions", "device", as in `environment`.
+        again: "what" of files that any machine makes again, and that are not kept.
+    """
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text())
+        before, rows = found.get("environment", found), list(found["rows"])
+        if all(before.get(key) == where.get(key) for key in ("commit", "versions", "device")):
+            return rows
+        if found.get("what") == again:
+            return []
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    names = (path.with_name(f"{path.stem}.before{i}{path.suffix}") for i in count(1))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    print(f"{path} is of other code, versions or another device: it is {aside.name} now")
+    return []
 
 
 def read(path: Path) -> Results:

@@ -19,7 +19,7 @@ from bench import __main__ as bench
 from bench import generation, protocol
 from bench.families import MODELS
 from bench.generation import Row, measure
-from bench.results import FOLDER
+from bench.results import FOLDER, begun
 from bench.runners import Runner, Start, Task
 from fused_route import fold
 
@@ -248,6 +248,57 @@ def test_a_task_that_fails_as_a_whole_is_written_down(
 
 def _raises(message: str, *_: object) -> None:
     raise MemoryError(message)
+
+
+def test_a_second_call_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMMIT", "one")
+    asked: list[tuple[str, list[str]]] = []
+
+    def noted(task: Task, *given: Any) -> list[Row]:
+        ways = list(given[-1])
+        asked.append((task.host, ways))
+        rows = [Row(asdict(task), way, times={"generate": [1.0] * 3}) for way in ways]
+        for row in rows if len(asked) == 1 else ():
+            if row.way == "folded":
+                row.times, row.error = {}, "MemoryError: no"
+            if row.way == "frozen":
+                row.absent["step"] = generation.SPENT
+        return rows
+
+    monkeypatch.setattr(generation, "measure", noted)
+    out = tmp_path / "generation.json"
+    given = ["generate", *SHORT, "--batch", "1", "--out", str(out)]
+    assert bench.main([*given, "--host", "qkv"]) == 1
+    assert bench.main(given) == 0
+    assert bench.main(given) == 0
+    assert asked == [
+        ("qkv", list(generation.WAYS)), ("qkv", ["frozen", "folded"]),
+        ("adapter", list(generation.WAYS)),
+    ]  # fmt: skip
+    rows = generation.read(out)
+    assert [(row.task["host"], row.way) for row in rows] == [
+        (host, way) for host in ("qkv", "adapter") for way in generation.WAYS
+    ]
+    assert (
+        all(row.is_whole for row in rows) and generation.document(rows) in capsys.readouterr().out
+    )
+    monkeypatch.setenv("COMMIT", "two")
+    before = out.read_text()
+    assert bench.main(given) == 0
+    assert len(asked) == 5 and json.loads(out.read_text())["environment"]["commit"] == "two"
+    assert (tmp_path / "generation.before1.json").read_text() == before
+    assert "it is generation.before1.json now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}', '{"records": []}'])
+def test_what_is_no_file_of_an_earlier_call_is_moved_aside(text: str, tmp_path: Path) -> None:
+    where = {"commit": "one", "versions": {}}
+    (tmp_path / "a.before1.json").touch()
+    (tmp_path / "a.json").write_text(text)
+    assert begun(tmp_path / "a.json", where) == []
+    assert (tmp_path / "a.before2.json").read_text() == text and not (tmp_path / "a.json").exists()
 
 
 REFUSED = {

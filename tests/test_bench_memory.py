@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 pytest.importorskip("peft")
 
 from bench import __main__ as bench
-from bench import memory, models
+from bench import memory, models, results
 from bench.cases import Case
 from bench.families import MODELS
 from bench.memory import VARIANTS, Row, counted, made
@@ -259,6 +259,64 @@ def test_on_a_gpu_the_allocators_peak_stands_beside(monkeypatch: pytest.MonkeyPa
     assert autocast.measured == 123_000_000 and autocast.peak is None
     shown = memory.document(rows)
     assert "measured: mul |" in shown and "| 123 |" in shown and "cannot be honoured" in shown
+
+
+def test_a_second_call_goes_on(
+    short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMMIT", "one")
+    asked: list[tuple[str, str]] = []
+    count = counted
+
+    def noted(case: Case, name: str, device: torch.device) -> Row:
+        asked.append((case.route, name))
+        if len(asked) == 1:
+            raise RuntimeError("no count")
+        return count(case, name, device)
+
+    monkeypatch.setattr(memory, "counted", noted)
+    out = tmp_path / "memory.json"
+    given = ["memory", "--out", str(out)]
+    assert bench.main([*given, "--case", GPT2.name]) == 1
+    (first, *_) = memory.read(out)
+    assert first.absent.startswith("not counted: RuntimeError: no count")
+    assert bench.main(given) == 0
+    assert bench.main(given) == 0
+    assert asked == [
+        ("mul", "reference"), ("mul", "fused"), ("mul", "reference"),
+        ("gram", "reference"), ("gram", "fused"),
+    ]  # fmt: skip
+    assert [(row.case["route"], row.variant) for row in memory.read(out)] == [
+        (route, name) for route in ("mul", "gram") for name in memory.VARIANTS
+    ]
+    monkeypatch.setenv("COMMIT", "two")
+    assert bench.main(given) == 0  # counts can be made again: no file of before is kept
+    assert len(asked) == 9 and [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+
+
+def test_what_was_measured_is_neither_measured_again_nor_lost(
+    short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured on a GPU, where one variant needs another call; then counted without one."""
+    monkeypatch.setenv("COMMIT", "one")
+    cuda = {"versions": memory.about(CPU)["versions"], "commit": "one", "device": "A GPU"}
+    rows = [Row(GPT2.to_json(), name, peak=1, measured=2) for name in ("reference", "fused")]
+    rows[1].measured = None
+    memory.write(rows, {"what": "counted", **cuda}, tmp_path / "m.json")
+    found = results.begun(tmp_path / "m.json", cuda)
+    whole = [memory.is_whole(Row(**row), torch.device("cuda")) for row in found]
+    assert whole == [True, False]
+    assert bench.main(["memory", "--out", str(tmp_path / "m.json"), "--case", GPT2.name]) == 0
+    assert memory.read(tmp_path / "m.before1.json") == rows
+
+
+def test_a_table_of_what_there_is() -> None:
+    """Of an interrupted call: a variant that one case lacks."""
+    other = replace(GPT2, route="gram")
+    rows = [Row(GPT2.to_json(), "reference", 1, 2, 3, 4, 5), Row(other.to_json(), "fused", 6)]
+    table = memory.table(rows)
+    assert [row[0] for row in table[1:]] == ["eager torch", "fused, P1"]
+    assert table[1][2] == "–" and table[2][1] == "–"
 
 
 def test_the_published_table_is_what_was_counted() -> None:
