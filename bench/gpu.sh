@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
 # Everything that is measured on one GPU, in parts that each end within eight minutes:
 #
-#     bench/gpu.sh [tests|ops|long|models|steps|memory|generate|profile|sanitize|all]
+#     bench/gpu.sh [tests|ops|peers|autotune|long|models|steps|memory|generate|profile|sanitize|all]
 #
-# tests    the gpu-marked smoke tests
-# ops      the headline operations: every provider, three processes
-# long     32,768 rows in few samples, and with their gradients as before decision 57
-# models   layers and training steps
+# tests    the gpu-marked smoke tests, in at most 440 s; the log has each result as it comes
+# ops      the headline operations, 117 records of 1.24 s (0.12 s a timing): 145 s beside warming,
+#          which has at most half of 400 s. One process; PROCESSES=2, then 3, in later calls adds one
+# peers    the same against every way to compute them, torch.compile as it is and plan P1 too: 143
+#          records, 180 s beside warming; after ops 26, 33 s
+# autotune mode max-autotune beside two others at three shapes of 32,768 rows: up to 10 s a product,
+#          80 s a shape, not warmed, since choices are timed; in at most 360 s
+# long     32,768 rows in few samples, and with their gradients as before decision 57, in 240 s
+# models   layers and training steps, in at most 440 s
 # steps    a training step of each model family, image features cached and computed, in 150 s:
 #          torch.compile comes last, and what it had no time for is listed; a second call measures it
-# memory   the allocator's peak of training steps of large models, beside what is counted
+# memory   the allocator's peak of training steps of large models, beside what is counted: 440 s
 # generate tokens a second with an image, routed and folded in, in at most 100 seconds
-# profile  bytes by Nsight Compute, where it is installed
-# sanitize every kernel under compute-sanitizer, where it is installed
+# profile  bytes by Nsight Compute, where it is installed, in at most 440 s
+# sanitize every kernel under compute-sanitizer, where it is installed, in at most 300 s
 # all      tests, ceilings, 16 operations and one step, in nine minutes
 #
 # Runs from a checkout without installing anything. What was measured stays in WORK (runs/gpu), and a
@@ -22,15 +27,17 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 part=${1:-all}
-case $part in tests|ops|long|models|steps|memory|generate|profile|sanitize|all) ;; *)
-    echo "bench/gpu.sh: part must be tests, ops, long, models, steps, memory, generate, profile, sanitize or all, got '$part'" >&2; exit 2;;
-esac
+parts="tests ops peers autotune long models steps memory generate profile sanitize all"
+[[ " $parts " == *" $part "* ]] || {
+    echo "bench/gpu.sh: part must be one of $parts; got '$part'" >&2; exit 2
+}
 
 WORK=${WORK:-runs/gpu}
 OUT=${OUT:-runs/gpu-out}
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 HEADLINE=${HEADLINE:-headline}  # another grid for a rehearsal
+AUTOTUNE=${AUTOTUNE:-op/*/mul/d768/r64/M32768/*}  # of that grid
 LONG=${LONG:-long}
 MODELS=${MODELS:-models}
 STEPS=${STEPS:-steps}
@@ -45,11 +52,13 @@ done
 RESULT=$WORK/results.json
 FEW="--provider reference --provider compile-folded --provider matmul-order --provider fused --provider fused-along"
 EVERY="$FEW --provider published --provider peft --provider frozen --provider full"
+PEERS="$EVERY --provider compile --provider fused-p1"
 LONG_WAYS="--provider reference --provider compile-folded --provider fused --provider fused-serial"
 MODEL_WAYS="--provider reference --provider fused --provider peft --provider frozen"
 STEP_WAYS="--provider reference --provider fused --provider frozen --provider compile --last compile"
+TUNED_WAYS="--provider reference --provider fused --provider max-autotune"
 failed=()
-child=
+child= at= interrupted=
 
 # What there is so far goes to OUT: after every part, and meanwhile every 20 seconds, because a kill
 # leaves no time for it.
@@ -65,6 +74,7 @@ publish() {
 # limited SECONDS NAME COMMAND…: its output goes to a log, and its last lines to the screen.
 limited() {
     local seconds=$1 name=$2 next=0; shift 2
+    at=$name
     echo "== $name (at most $seconds s)"
     timeout --kill-after=10 "$seconds" "$@" > "$WORK/$name.log" 2>&1 &
     child=$!
@@ -74,7 +84,7 @@ limited() {
     done
     wait "$child"
     local code=$?
-    child=
+    child= at=
     tr '\r' '\n' < "$WORK/$name.log" | tail -n 12 | cut -c -200
     [ $code -eq 0 ] || { failed+=("$name ($code)"); echo "== $name: exit $code"; }
     publish
@@ -87,10 +97,20 @@ bench() { echo "$PYTHON -m bench --device $DEVICE --out $RESULT"; }
 tests() {
     local several=()
     "$PYTHON" -c 'import xdist' 2>/dev/null && several=(-n "${TEST_PROCESSES:-8}")
-    limited "$1" tests "$PYTHON" -m pytest -q -rf --tb=line -p no:cacheprovider -p no:benchmark \
+    limited "$1" tests "$PYTHON" -m pytest -v -rf --tb=line -p no:cacheprovider -p no:benchmark \
         "${several[@]}" -m gpu tests/test_gpu.py tests/test_gpu_models.py
 }
-ops() { limited "$1" ops $(bench) --grid "$HEADLINE" --case 'op/*' --warm 8 --budget "$(($1 - 40))" "${@:2}"; }
+# ops SECONDS OPTIONS…, and the same by another name.
+ops() { operations "$1" ops "${@:2}"; }
+peers() { operations "$1" peers "${@:2}"; }
+operations() {
+    limited "$1" "$2" $(bench) --grid "$HEADLINE" --case 'op/*' --warm 8 --budget "$(($1 - 40))" "${@:3}"
+}
+# None begun in the last 120 s: a shape may take 80.
+autotune() {
+    limited "$1" autotune $(bench) --grid "$HEADLINE" --case "$AUTOTUNE" --budget "$(($1 - 120))" \
+        $TUNED_WAYS "${@:2}"
+}
 long() { limited "$1" long $(bench) --grid "$LONG" --warm 8 --budget "$(($1 - 40))" $LONG_WAYS; }
 models() { limited "$1" models $(bench) --grid "$MODELS" --budget "$(($1 - 60))" $MODEL_WAYS "${@:2}"; }
 # To compile a whole model takes up to a minute: all at once, and none begun in the last 35 s.
@@ -100,7 +120,10 @@ generate() {
     limited "$1" generate "$PYTHON" -m bench generate --device "$DEVICE" --budget "$(($1 - 40))" \
         --out "$WORK/generation.json" $GENERATE
 }
-profile() { limited "$1" profile "$PYTHON" -m bench profile "$RESULT" --budget "$(($1 - 30))"; }
+profile() {
+    PATH=$PATH:/usr/local/cuda/bin
+    limited "$1" profile "$PYTHON" -m bench profile "$RESULT" --budget "$(($1 - 30))"
+}
 
 # Its tools at once, each with a log of its records (.txt) beside what the program prints (.log).
 # Before them the program alone, in processes that share the compiling: Triton's cache is then warm.
@@ -129,6 +152,7 @@ sanitize() {
 summarise() {
     trap '' EXIT TERM INT
     if [ -n "${child:-}" ]; then kill -TERM "$child" 2>/dev/null; wait "$child" 2>/dev/null; fi
+    [ -z "$interrupted" ] || failed+=("interrupted in ${at:-$part}")
     if [ -f "$RESULT" ]; then
         timeout 60 "$PYTHON" -m bench report "$RESULT" --out "$WORK/report" > "$WORK/report.log" 2>&1 \
             || failed+=("report")
@@ -138,13 +162,17 @@ summarise() {
     publish
     echo "failed: ${failed[*]:-nothing}"
     echo "next: copy $OUT/summary.json to bench/results/; $OUT/summary.md says more"
-    exit $((${#failed[@]} > 0))
+    exit "${interrupted:-$((${#failed[@]} > 0))}"
 }
-trap summarise EXIT TERM INT
+trap summarise EXIT
+trap 'interrupted=143; summarise' TERM
+trap 'interrupted=130; summarise' INT
 
 case $part in
     tests) tests 440;;
-    ops) ops 440 --processes 3 $EVERY;;
+    ops) ops 440 --processes "${PROCESSES:-1}" --seconds 0.12 $EVERY;;
+    peers) peers 440 --processes 1 --seconds 0.12 $PEERS;;
+    autotune) autotune 360 --processes 1 --seconds 0.12;;
     long) long 240;;
     models) models 440 --processes 2;;
     steps) steps 150 --processes 1 --seconds 0.3;;

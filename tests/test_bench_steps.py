@@ -1,9 +1,5 @@
 """Training steps of the benchmarks: cached features, what comes last, what no time was left for."""
 
-import os
-import shlex
-import subprocess
-from argparse import ArgumentParser
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import generation, measure, models, protocol, report, results, run, vision
-from bench.__main__ import COMMANDS, main
+from bench import measure, models, protocol, report, results, run, vision
+from bench.__main__ import main
 from bench.cases import FEATURES, GRIDS, Case, grid
 from bench.families import MODELS
 from bench.figures import labels
@@ -25,7 +21,6 @@ from bench.results import Record, Results
 from bench.runs import load
 
 CPU = torch.device("cpu")
-TOP = Path(__file__).parent.parent
 SMALL: dict[str, Any] = {
     "d": 32, "layers": 1, "heads": 2, "vocabulary": 64, "positions": 24,
     "vision": MODELS["tiny"].vision,
@@ -279,46 +274,6 @@ def test_few_of_many_cases_without_time_are_named() -> None:
     (line,) = results.without_time({f"case{i}": ["fused"] for i in range(8)})
     assert line.startswith("no time was left for fused in 8 cases: case0, ")
     assert line.endswith("case5, …")
-
-
-def told_by_the_script(part: str, tmp_path: Path) -> list[str]:
-    """What `bench/gpu.sh` asks for, by a program in Python's place that notes it."""
-    stub = tmp_path / "python"
-    stub.write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(tmp_path / "told"))}\n')
-    stub.chmod(0o755)
-    folders = {"WORK": str(tmp_path / "work"), "OUT": str(tmp_path / "out")}
-    env = {**os.environ, **folders, "PYTHON": str(stub), "DEVICE": "cpu"}
-    done = subprocess.run(
-        ["bash", str(TOP / "bench/gpu.sh"), part], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and f"{part} (at most " in done.stdout, done
-    module, name, *told = shlex.split((tmp_path / "told").read_text())
-    assert (module, name) == ("-m", "bench")
-    return told
-
-
-@pytest.mark.parametrize("part", ["steps", "long"])
-def test_the_script_measures_a_grid(
-    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    told = told_by_the_script(part, tmp_path)
-    assert main([*told, "--list"]) == 0
-    said = capsys.readouterr().out
-    assert f"{len(grid(part))} cases" in said and "compile" in said
-    if part == "steps":
-        assert told[told.index("--last") + 1] == "compile"
-
-
-@pytest.mark.parametrize("part", ["memory", "generate"])
-def test_the_script_asks_for_what_there_is(part: str, tmp_path: Path) -> None:
-    name, *told = told_by_the_script(part, tmp_path)
-    parser = ArgumentParser(exit_on_error=False)
-    COMMANDS[name].add_arguments(parser)
-    arguments = parser.parse_args(told)
-    assert (name, arguments.device) == (part, "cpu")
-    assert arguments.out.parent == tmp_path / "work"
-    if part == "generate":
-        assert len(generation.chosen(arguments)) > 1 and 30 < arguments.budget < 100
 
 
 def test_tensors_of_a_cached_step_have_its_dtype() -> None:
