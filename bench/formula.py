@@ -1,8 +1,8 @@
 """Bytes and FLOPs of an operation by formula, the roofline floor, and times that follow: modelled.
 
 X and Y are the bytes of x and of the adapted columns of y, H those of x_t, as in kernels/README.md,
-whose counts `make test` holds the kernels to. Small terms (operands of one vector, partial sums,
-biases) are left out.
+whose counts `make test` holds the kernels to. Small terms (an image of one visual token, partial
+sums, biases) are left out.
 """
 
 from typing import NamedTuple
@@ -25,6 +25,8 @@ class Sizes(NamedTuple):
     A: float
     B: float
     K: float  # the operand, where it is a matrix for each sample
+    X_r: float  # x_r and x_v, where there are several visual tokens
+    X_v: float
 
 
 def sizes(case: Case) -> Sizes:
@@ -36,18 +38,24 @@ def sizes(case: Case) -> Sizes:
     is_matrix = case.Nv > 1 and case.route in ("gram", "gram_relu")
     K = e * case.S * g * case.r * case.r if is_matrix else 0
     AB = e * g * case.r * case.d
-    return Sizes(X, g * X, of * X, e * case.M * g * case.r, W, AB, AB, K)
+    visual = e * case.S * case.Nv if case.Nv > 1 and case.route != "none" else 0
+    X_r, X_v = visual * case.d, visual * g * case.r
+    return Sizes(X, g * X, of * X, e * case.M * g * case.r, W, AB, AB, K, X_r, X_v)
 
 
 def flops(case: Case, which: str) -> float:
-    """Of the products of a pass; "both" is their sum. Routing is left out, but for a matrix."""
+    """Of the products of a pass; "both" is their sum. Routing is left out, but for a matrix.
+
+    For that all visual tokens are projected, and have a part of dA; other routes may pool first.
+    """
     if which == "both":
         return flops(case, "forward") + flops(case, "backward")
     g, of = (2, 3) if case.host == "qkv" else (1, 1)
     base = 0 if case.host == "adapter" else 2 * case.M * case.d * of * case.d
     narrow = 4 * case.M * case.d * g * case.r
     mixing = 2 * case.M * g * case.r * case.r if sizes(case).K else 0
-    return base + (narrow + mixing) * (1 if which == "forward" else 2)
+    visual = 2 * case.S * case.Nv * case.d * g * case.r if sizes(case).K else 0
+    return base + visual + (narrow + mixing) * (1 if which == "forward" else 2)
 
 
 def least_bytes(case: Case, which: str) -> float:
@@ -56,8 +64,8 @@ def least_bytes(case: Case, which: str) -> float:
         return least_bytes(case, "forward") + least_bytes(case, "backward")
     z = sizes(case)
     if which == "forward":
-        return z.X + z.Y_all + z.W + z.A + z.B + z.K
-    return 2 * z.X + z.Y_all + z.W + 2 * (z.A + z.B + z.K)
+        return z.X + z.Y_all + z.W + z.A + z.B + z.X_r
+    return 2 * z.X + z.Y_all + z.W + 2 * (z.A + z.B) + z.X_r
 
 
 def floor_seconds(case: Case, which: str, copy: float, matmul: float) -> float:
@@ -81,12 +89,11 @@ def launches(case: Case) -> list[Launch]:
     z, M, d = sizes(case), case.M, case.d
     R = case.r * (2 if case.host == "qkv" else 1)
     down = up = 2 * M * d * R
-    base = flops(case, "forward") - down - up if z.W else 0
+    base = 2 * M * d * d * (3 if case.host == "qkv" else 1)
     mixing = 2 * M * R * case.r if z.K else 0
-    base -= mixing if z.W else 0
     K1, K2, AB = 2 * z.X + z.H, 2 * z.X + 3 * z.H, z.A + z.B
     dz = z.H if z.K else 0
-    found = []
+    found = _of_visual_tokens(case)
     if z.W:
         K1, K2 = z.X + 2 * z.Y + z.H, z.Y + 2 * z.X + 3 * z.H
         found.append(Launch("base", "forward", z.X + z.Y_all + z.W, base))
@@ -99,11 +106,26 @@ def launches(case: Case) -> list[Launch]:
     return found
 
 
+def _of_visual_tokens(case: Case) -> list[Launch]:
+    """What several visual tokens take besides: x_v, K of it, and on the way back the same."""
+    z = sizes(case)
+    R = case.r * (2 if case.host == "qkv" else 1)
+    project, square = (2 * case.S * case.Nv * R * n for n in (case.d, case.r))
+    found = []
+    if z.X_r:
+        found.append(Launch("x_v", "forward", z.X_r + z.A + z.X_v, project))
+        found.append(Launch("dA of x_r", "backward", z.X_r + z.X_v + z.A, project))
+    if z.K:
+        found.append(Launch("K", "forward", z.X_v + z.K, square))
+        found.append(Launch("dx_v", "backward", z.K + 2 * z.X_v, square))
+    return found
+
+
 def moved(case: Case, provider: str) -> dict[str, float] | None:
     """Bytes by pass that a provider moves by formula; None where there is none.
 
     The reference's total is that of its operations, each tensor read or written once by each:
-    13X + 20H (adapter), 8X + 12Y + 14H + 2W (linear), with `mul` and without dropout.
+    13X + 20H (adapter), 8X + 12Y + 14H + 2W (linear), with `mul` of one visual token, no dropout.
     """
     if case.kind != "op":
         return None
@@ -113,7 +135,8 @@ def moved(case: Case, provider: str) -> dict[str, float] | None:
             by_pass[launch.which] += launch.bytes
         return {**by_pass, "both": sum(by_pass.values())}
     z = sizes(case)
-    if provider != "reference" or case.route != "mul" or case.dropout or case.host == "qkv":
+    is_plain = case.route == "mul" and case.Nv == 1 and not case.dropout
+    if provider != "reference" or not is_plain or case.host == "qkv":
         return None
     if case.host == "adapter":
         return {"both": 13 * z.X + 20 * z.H}

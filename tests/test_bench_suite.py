@@ -285,6 +285,50 @@ def test_formulas_give_the_modelled_times(host: str, floor: float, fused: float)
     assert moved["both"] > formula.least_bytes(case, "both")
 
 
+@pytest.mark.parametrize(
+    ("host", "route"), [("adapter", "gram"), ("qkv", "gram"), ("linear", "mul")]
+)
+def test_the_floor_holds_several_visual_tokens(host: str, route: str) -> None:
+    """By hand, beside one: x_r is read twice; where K needs x_v of all, its products are made."""
+    one = op(host, route, 768, 64, 10_240)
+    many = replace(one, Nv=197)
+    R, V = 128 if host == "qkv" else 64, 512 * 197
+    products = 2 * V * 768 * R if route == "gram" else 0
+    mixing = 2 * 10_240 * R * 64 if route == "gram" else 0
+    for which, passes in (("forward", 1), ("backward", 2)):
+        more = formula.least_bytes(many, which) - formula.least_bytes(one, which)
+        assert more == 2 * V * 768
+        more = formula.flops(many, which) - formula.flops(one, which)
+        assert more == products + passes * mixing
+    launches = {launch.name: launch for launch in formula.launches(many)}
+    plain = {launch.name for launch in formula.launches(one)}
+    assert {"x_v", "dA of x_r"} <= launches.keys() - plain
+    for name in ("x_v", "dA of x_r"):
+        assert launches[name].bytes == 2 * (V * 768 + V * R + R * 768)
+        assert launches[name].flops == 2 * V * 768 * R
+    for which in ("forward", "backward", "both"):
+        moved = formula.moved(many, "fused")
+        assert moved is not None and moved[which] > formula.least_bytes(many, which)
+    assert formula.moved(many, "reference") is None
+    none = replace(one, route="none")
+    assert formula.launches(replace(none, Nv=197)) == formula.launches(none)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("Nv", [1, 50])
+def test_the_products_of_all_launches_are_those_of_the_formula(host: str, Nv: int) -> None:
+    """But for what makes K of x_v, which is small, and for z, which K2 makes a second time."""
+    case = op(host, "gram", 768, 64, 10_240, Nv=Nv)
+    for which in ("forward", "backward"):
+        launched = sum(
+            launch.flops for launch in formula.launches(case)
+            if launch.which == which and launch.name not in ("K", "dx_v")
+        )  # fmt: skip
+        again = 2 * 10_240 * case.r * case.r * (2 if host == "qkv" else 1) if Nv > 1 else 0
+        more = again if which == "backward" else 0
+        assert launched == formula.flops(case, which) + more
+
+
 def test_modelled_times_are_called_so() -> None:
     table = summary.modelled_table().splitlines()
     assert table[0].startswith("modelled, not measured")
