@@ -174,12 +174,14 @@ def one_each(groups: list[list[Case]]) -> list[list[Case]]:
 def bars(run: Run, cases: Sequence[Case], path: Path) -> None:
     """A panel a case, a bar a provider, and the floor as a line.
 
+    A provider that has other times, but not the one that is drawn, is named with that in words.
+
     Raises:
         ValueError: no cases.
     """
     if not cases:
         raise ValueError("cases is empty: nothing to draw")
-    rows = [[p for p in run.providers([c]) if _has(run, c, p)] for c in cases]
+    rows = [[p for p in run.providers([c]) if _is_timed(run, c, p)] for c in cases]
     counts = [max(map(len, rows[i : i + 2])) for i in range(0, len(rows), 2)]
     with _panels(path, len(cases), [0.62 + 0.2 * n for n in counts]) as (figure, panels):
         for i, (axes, case, providers) in enumerate(zip(panels, cases, rows, strict=True)):
@@ -202,24 +204,26 @@ def _below(figure: Any, legend: dict[str, Any]) -> None:
     figure.legend(legend.values(), legend.keys(), loc=place, ncols=columns, **style)
 
 
-def _has(run: Run, case: Case, provider: str) -> bool:
-    return run.time(case, provider, timing(run, [case]) or "", "both") is not None
+def _is_timed(run: Run, case: Case, provider: str) -> bool:
+    found = run.at(case, provider)
+    return found is not None and bool(found.times)
 
 
 def _bars(axes: Any, run: Run, case: Case, providers: list[str], count: int) -> None:
     """The bars of a case in a panel with room for `count`."""
     name = timing(run, [case]) or ""
     times = [run.time(case, provider, name, "both") for provider in providers]
-    medians = [time.median for time in times if time]
-    unit, scale = _unit(max(medians))
+    most = max(time.median for time in times if time)
+    unit, scale = _unit(most)
     # values stand in a column of their own, where neither bars nor the floor cross them
     place = {"xycoords": ("axes fraction", "data"), "va": "center", "ha": "right", "fontsize": 9}
-    for y, (provider, median) in enumerate(zip(providers, medians, strict=True)):
-        axes.barh(y, median, height=0.68, color=look(provider)[0], linewidth=0)
-        axes.annotate(number(scale * median), (1, y), **place)
+    for y, (provider, time) in enumerate(zip(providers, times, strict=True)):
+        axes.barh(y, time.median if time else 0, 0.68, color=look(provider)[0], linewidth=0)
+        said = number(scale * time.median) if time else f"no {name} time"
+        axes.annotate(said, (1, y), **place)
     if (floor := run.floor(case, "both")) is not None:
         axes.axvline(floor, color=GREY, linestyle="--", linewidth=1.4, label=FLOOR)
-    axes.set(xlim=(0, 1.2 * max(*medians, floor or 0)), ylim=(count - 0.5, -0.5), xticks=())
+    axes.set(xlim=(0, 1.2 * max(most, floor or 0)), ylim=(count - 0.5, -0.5), xticks=())
     axes.set_yticks(range(len(providers)), providers)
     axes.tick_params(axis="y", length=0)
     axes.spines[:].set_visible(False)

@@ -26,7 +26,7 @@ least time that those allow for reading inputs, writing outputs and the products
 floor / time, so 100% is the most there is. Speed-up is the reference's time / the provider's; of
 the providers, peft, frozen and full compute something else than the operation: yardsticks.
 *Cached features*: a step without its vision model, whose features of the images are given.
-"error" is explained under Errors; – was not measured. MB = 10⁶ bytes, GB = 10⁹."""
+"error" and – (not measured) are explained under Errors. MB = 10⁶ bytes, GB = 10⁹."""
 
 
 def main(files: list[Path], out: Path | None = None) -> int:
@@ -376,6 +376,8 @@ def print_short(run: Run) -> None:
     if said := unmeasured(run):
         print(said)
     print(*without_time(run.missing), sep="\n", end="\n" if run.missing else "")
+    for timing, why, who, where in absence_table(run)[1:]:
+        print(f"no {timing} time: {who}, {where}: {' '.join(why.split())}")
     errors = Counter((provider, error) for _, provider, _, error in error_table(run)[1:])
     for (provider, error), count in errors.items():
         print(f"error: {provider}, {count} cases: {' '.join(error.split())}")

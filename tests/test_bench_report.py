@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -201,12 +202,14 @@ class TestTables:
             ["compile", SMALL.name, "inf (over 2)", "1 of 1"],
         ]
 
-    def test_errors_and_absent_timings(self, run: Loader) -> None:
+    def test_errors_and_absent_timings(self, run: Loader, capsys: Said) -> None:
         absent = {"graph": "it synchronises"}
         steps = [record(STEP, "fused", 1, absent=absent), record(SMALL, "fused", 1, absent=absent)]
         found = run(*steps, failed(SMALL, "peft", "e" * 400))
         assert report.error_table(found)[1:] == [[SMALL.name, "peft", "1 of 1", "e" * 300 + "…"]]
         assert report.absence_table(found)[1:] == [["graph", "it synchronises", "fused", "2 cases"]]
+        report.print_short(found)
+        assert "no graph time: fused, 2 cases: it synchronises\n" in capsys.readouterr().out
 
     def test_page(self, run: Loader, tmp_path: Path, capsys: Said) -> None:
         assert report.main([self.three(run).path]) == 0
@@ -302,6 +305,24 @@ class TestFigures:
         assert list(captions) == ["x-times.png", "x-models.png"]
         assert_drawn(tmp_path / "x-times.png")
         assert_drawn(tmp_path / "x-models.png")
+
+    def test_a_bar_that_has_no_such_time_says_so(self, run: Loader, tmp_path: Path) -> None:
+        """A provider that waits for the GPU has no graph: left out it would seem not measured."""
+        from matplotlib.figure import Figure
+
+        found = run(
+            record(SMALL, "reference", 240), record(SMALL, "fused", 100),
+            record(SMALL, "published", 1, times={"wall": {"both": [500.0] * 3}}),
+            failed(SMALL, "compile", "boom"),
+        )  # fmt: skip
+        drawn = []
+        with mock.patch.object(figures, "_bars", side_effect=lambda *given: drawn.append(given)):
+            figures.bars(found, [SMALL], tmp_path / "a.png")
+        axes = Figure().subplots()
+        figures._bars(axes, *drawn[0][1:])
+        assert [text.get_text() for text in axes.texts] == ["240", "100", "no graph time"]
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        assert names == ["reference", "fused", "published"]
 
     def test_most_providers_then_a_graph_s_time(self, run: Loader) -> None:
         wall = {"both": [1.0, 1.0, 1.0]}
