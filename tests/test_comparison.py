@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 from fused_route.training.comparison import plan, work
 from fused_route.training.comparison.plan import Comparison, read_comparison
 from fused_route.training.comparison.results import unequal
+from fused_route.training.comparison.runs import Runs, _tried
 from fused_route.training.comparison.statistics import (
     differences,
     grouped,
@@ -319,6 +321,34 @@ class TestCompare:
         assert "--arm 'add'" in refused(capsys, "compare", done[0], "--arm", "add")
         assert "use seeds" in refused(capsys, "compare", done[0], "--seed", "3")
 
+    @pytest.mark.parametrize("place", ["runs/mul/seed-1", "rates/mul/0.05"])
+    def test_what_is_trained_alone_is_of_its_settings_too(
+        self, place: str, done: tuple[Path, Path], tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        """Killed between training and scoring, or while rates are tried."""
+        held = (done[1] / "runs" / "mul" / "seed-1" / work.TRAINED).read_text()
+        seed = {} if place.startswith("runs") else {"seeds": [1, 0], "rates": [0.05, 0.1]}
+        told = tmp_path / "c.yaml"
+        told.write_text(yaml.safe_dump({**yaml.safe_load(done[0].read_text()), **seed}))
+        out = tmp_path / "out"
+        (out / place).mkdir(parents=True)
+        (out / "comparison.json").write_text("{}")
+        (out / place / work.TRAINED).write_text(held)
+        line = refused(capsys, "compare", told, "--out", out, "--steps", "3")
+        assert f"{place} is a run of other settings (training.max_steps is 4 there, 3" in line
+
+    def test_what_is_trained_is_not_scored_for_other_settings(
+        self, done: tuple[Path, Path]
+    ) -> None:
+        made = plan.recipes(read_comparison(done[0]), ["--steps", "3"])
+        given = Runs(read_comparison(done[0]), made, done[1])
+        with pytest.raises(ValueError, match="max_steps is 4 there, 3 here"):
+            work._run(given.job("run", "mul", 1))
+        tried = replace(given.job("train", "mul", 1, 0.05), folder=given.folder("mul", 1))
+        with pytest.raises(ValueError, match="max_steps is 4 there, 3 here"):
+            _tried(tried)
+
     def test_dry_run(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -357,7 +387,9 @@ def test_a_failing_arm_does_not_stop_the_others(
     assert "other steps: 2 against 4" in (out / "report.md").read_text()
 
 
-def test_rates_are_chosen_for_each_arm(folder: Path, tmp_path: Path) -> None:
+def test_rates_are_chosen_for_each_arm(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     told, out = file(folder, "rates", rates=[1e-3, 1e30], seeds=[0]), tmp_path / "out"
     assert run("compare", told, "--out", out) == 0
     found = json.loads((out / "results.json").read_text())
@@ -368,6 +400,11 @@ def test_rates_are_chosen_for_each_arm(folder: Path, tmp_path: Path) -> None:
     assert not (out / "rates" / "mul" / "0.001").exists()  # it is the first seed's run
     before = records(out)
     assert run("compare", told, "--out", out) == 0 and records(out) == before
+    for path in before:  # the rate stays that of the settings it was chosen with
+        (out / "runs" / path / work.RECORD).unlink()
+        (out / "runs" / path / work.TRAINED).unlink()
+    line = refused(capsys, "compare", told, "--out", out, "--steps", "3")
+    assert "rates/none is a run of other settings (training.max_steps is 4 there, 3" in line
 
 
 def test_a_killed_comparison_goes_on(folder: Path, tmp_path: Path) -> None:

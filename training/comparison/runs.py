@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fused_route.checks import shown
 from fused_route.training.comparison.plan import Comparison, with_training
 from fused_route.training.comparison.work import (
     FAILED,
@@ -21,15 +20,18 @@ from fused_route.training.comparison.work import (
     TRAINED,
     Job,
     carry_out,
+    check_settings,
     settings_of,
 )
 from fused_route.training.experiment.evaluation import tasks_with
-from fused_route.training.experiment.folder import PLACES, anchored, write_json
-from fused_route.training.experiment.recipe import Recipe, default
+from fused_route.training.experiment.folder import anchored, write_json
+from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.tasks import open_rows
 
 COMPARISON, CHOSEN, RUNS, RATES, ARMS = "comparison.json", "chosen.json", "runs", "rates", "arms"
 DIVERGED = "training diverged"
+# What a chosen rate holds for any value of: the first seed may be another when seeds are added.
+OF_CHOICE = ("training.seed", "training.learning_rate")
 
 
 @dataclass(frozen=True)
@@ -129,29 +131,32 @@ def check(runs: Runs) -> None:
     if out.is_dir() and not ours and any(p.name != ".lock" for p in out.iterdir()):
         raise ValueError(f"out={str(out)!r} holds other files: name a new or an empty folder")
     for arm in runs.comparison.arms:
+        _check_rates(runs, arm)
         chosen = runs.chosen(arm)
-        if chosen is not None:
-            tried = sorted(map(float, chosen["scores"]))
-            if tried != sorted(runs.comparison.rates):
-                raise ValueError(f"{out}: rates of {arm} were {tried} there: name another --out")
         for seed in runs.comparison.seeds:
-            record = runs.record(arm, seed)
+            folder = runs.folder(arm, seed)
+            record = runs.record(arm, seed) or _read(folder / TRAINED)
             if record is not None:
                 rate = None if chosen is None else chosen["rate"]
-                _same(runs.job("run", arm, seed, rate), record, runs.folder(arm, seed))
+                check_settings(runs.job("run", arm, seed, rate), record, folder)
 
 
-def _same(job: Job, record: Mapping[str, Any], folder: Path) -> None:
-    """ValueError where a record is that of other settings than the job's."""
-    theirs, ours = dict(record["settings"]), settings_of(job.recipe)
-    theirs["split"], ours["split"] = record["split"], job.split
-    for name in sorted(theirs.keys() | ours.keys()):
-        same = theirs.get(name, default(name)) == ours.get(name, default(name))
-        if not PLACES.fullmatch(name) and not same:
-            raise ValueError(
-                f"{folder} is a run of other settings ({name} is {shown(theirs.get(name))} there, "
-                f"{shown(ours.get(name))} here): name another folder with --out"
-            )
+def _check_rates(runs: Runs, arm: str) -> None:
+    """ValueError where an arm's learning rates were tried with other settings, or were others."""
+    first, folder, chosen = runs.comparison.seeds[0], runs.out / RATES / arm, runs.chosen(arm)
+    if chosen is not None:
+        tried = sorted(map(float, chosen["scores"]))
+        if tried != sorted(runs.comparison.rates):
+            raise ValueError(f"{runs.out}: rates of {arm} were {tried} there: name another --out")
+        if "settings" in chosen:  # chosen by an earlier version: they are not known
+            job = runs.job("train", arm, first, chosen["rate"])
+            check_settings(job, chosen, folder, OF_CHOICE)
+        return
+    for rate in runs.comparison.rates:
+        job = runs.job("train", arm, first, rate)
+        trained = _read(job.result)
+        if trained is not None:
+            check_settings(job, trained, job.folder)
 
 
 def run(runs: Runs, arms: Sequence[str], after: Callable[[], object]) -> int:
@@ -214,7 +219,7 @@ def _choose(runs: Runs, arm: str, bar: "tqdm[Any]") -> bool:
         for rate in runs.comparison.rates:
             job = runs.job("train", arm, first, rate)
             bar.set_postfix_str(job.label)
-            error = None if job.result.is_file() else carry_out(job)
+            error = _tried(job)
             if error is not None and DIVERGED not in error:
                 bar.write(f"failed: {job.label}: {error} ({job.folder / LOG})", file=sys.stderr)
                 write_json(folder / FAILED, {"error": f"learning rate {rate:g}: {error}"})
@@ -227,9 +232,19 @@ def _choose(runs: Runs, arm: str, bar: "tqdm[Any]") -> bool:
             write_json(folder / FAILED, {"error": error})
             return False
         best = max(found, key=lambda rate: found[rate])
-        write_json(folder / CHOSEN, {"rate": float(best), "scores": scores})
+        told = {"rate": float(best), "scores": scores, "settings": settings_of(job.recipe)}
+        write_json(folder / CHOSEN, told)
     _take_over(runs, arm)
     return True
+
+
+def _tried(job: Job) -> str | None:
+    """Trains with a learning rate where that is not done; returns None, or what went wrong."""
+    done = _read(job.result)
+    if done is None:
+        return carry_out(job)
+    check_settings(job, done, job.folder)
+    return None
 
 
 def _selected(record: Mapping[str, Any], recipe: Recipe) -> float:
@@ -242,11 +257,16 @@ def _take_over(runs: Runs, arm: str) -> None:
     """The run of the chosen rate is the first seed's; killed before, it is moved the next time."""
     chosen, first = runs.chosen(arm), runs.comparison.seeds[0]
     assert chosen is not None
-    tried = runs.job("train", arm, first, chosen["rate"]).folder
-    target = runs.folder(arm, first)
-    if (tried / TRAINED).is_file() and not target.exists():
+    job, target = runs.job("train", arm, first, chosen["rate"]), runs.folder(arm, first)
+    trained, tried = _read(job.result), job.folder
+    if trained is not None and not target.exists() and _is_of(job, trained):
         target.parent.mkdir(parents=True, exist_ok=True)
         tried.rename(target)
+
+
+def _is_of(job: Job, trained: Mapping[str, Any]) -> bool:
+    """Whether what was trained is a job's: the first seed is another where one was put before."""
+    return bool(trained["settings"]["training.seed"] == job.recipe.training["seed"])
 
 
 def selection(runs: Runs, arms: Sequence[str] | None) -> list[str]:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
@@ -24,12 +25,13 @@ import torch
 import yaml
 
 import fused_route
+from fused_route.checks import shown
 from fused_route.training.comparison.plan import with_training
 from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.build import build, parameters
 from fused_route.training.experiment.evaluation import evaluate, tasks_with
-from fused_route.training.experiment.folder import adapter_folder, flat, write_json
-from fused_route.training.experiment.recipe import Recipe
+from fused_route.training.experiment.folder import PLACES, adapter_folder, flat, write_json
+from fused_route.training.experiment.recipe import Recipe, default
 from fused_route.training.experiment.run import HISTORY, SCORES, encode, open_data, seed, train
 from fused_route.training.experiment.tasks import open_rows
 
@@ -201,11 +203,12 @@ def _run(job: Job) -> None:
     _quiet()
     if not (job.folder / TRAINED).is_file():
         _train(job)
+    trained = json.loads((job.folder / TRAINED).read_text(encoding="utf-8"))
+    check_settings(job, trained, job.folder)
     folder = job.folder / TRAIN
     scores, _ = evaluate(
         folder, job.split, out=job.folder / ANSWERS, items=job.folder / ITEMS, overrides=QUIETLY
     )
-    trained = json.loads((job.folder / TRAINED).read_text(encoding="utf-8"))
     adapter = adapter_folder(folder).name
     scored = {"split": job.split, "adapter": adapter, "score": scores["score"], "scores": scores}
     write_json(job.result, {**trained, **scored})
@@ -238,6 +241,31 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     """All settings by dotted names."""
     found: dict[str, Any] = flat(yaml.safe_load(recipe.to_yaml()))
     return found
+
+
+def check_settings(
+    job: Job, record: Mapping[str, Any], folder: Path, but: Sequence[str] = ()
+) -> None:
+    """Refuses what other settings than the job's came to.
+
+    Args:
+        record: of a run that is finished, or trained only, which has no split yet.
+        folder: of the run, for the message.
+        but: settings that may differ.
+
+    Raises:
+        ValueError: it is of others.
+    """
+    theirs, ours = dict(record["settings"]), settings_of(job.recipe)
+    if "split" in record:
+        theirs["split"], ours["split"] = record["split"], job.split
+    for name in sorted((theirs.keys() | ours.keys()) - set(but)):
+        same = theirs.get(name, default(name)) == ours.get(name, default(name))
+        if not PLACES.fullmatch(name) and not same:
+            raise ValueError(
+                f"{folder} is a run of other settings ({name} is {shown(theirs.get(name))} there, "
+                f"{shown(ours.get(name))} here): name another folder with --out"
+            )
 
 
 def code() -> dict[str, Any]:
