@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from fused_route.training.data.answers import (
+    as_given,
     read_vocabulary,
     soft_score,
     soft_targets,
@@ -42,6 +43,12 @@ class TestVocabulary:
     )
     def test_by_hand(self, least: int, expected: list[str], rows: datasets.Dataset) -> None:
         assert vocabulary(rows, least) == expected
+
+    def test_as_they_are(self) -> None:
+        """For tasks that compare answers as they are."""
+        rows = datasets.Dataset.from_dict({"answer": ["t-shirt", "two", "the sky", "two", ""]})
+        assert vocabulary(rows, 1, as_given) == ["two", "t-shirt", "the sky"]
+        assert soft_targets(["t-shirt"], {"t shirt": 0, "t-shirt": 1}, as_given) == {1: 1.0}
 
     def test_of_selected_rows(self, rows: datasets.Dataset) -> None:
         """Those that are left, not those that lie in the file."""

@@ -51,6 +51,12 @@ class TestClassifier:
         assert batch["name"] == "vqa" and "weights" not in batch
         assert made.tokenizer.decode(batch["input_ids"][0]) == "<s>vqa: what color?</s>"
 
+    def test_answers_of_gqa_are_as_they_are(self) -> None:
+        """Its accuracy compares them so."""
+        made = batches("classifier", "roberta", answers=("t-shirt", "t shirt", "2", "two"))
+        rows = [row(0, "gqa", references=["t-shirt"]), row(1, "gqa", references=["two"])]
+        assert made.training(rows)["labels"].tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+
     def test_long_questions_are_cut(self) -> None:
         made = batches("classifier", "roberta", answers=("a", "b"))
         assert made.training([row(text="red " * 99)])["input_ids"].shape == (1, 30)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -12,10 +12,16 @@ from fused_route.training.files import atomic_file
 from fused_route.training.metrics.vqa_accuracy import normalized
 
 BATCH = 10_000  # rows read at a time
+Form = Callable[[str], str]
 
 
-def vocabulary(rows: datasets.Dataset, least: int = 9) -> list[str]:
-    """The answers to at least `least` questions, normalised; the most frequent first.
+def as_given(answer: str) -> str:
+    """The form of answers that are scored as they are, GQA's for one."""
+    return answer
+
+
+def vocabulary(rows: datasets.Dataset, least: int = 9, form: Form = normalized) -> list[str]:
+    """The answers to at least `least` questions, in their form; the most frequent first.
 
     Counted is `answer`, one a question; among equally frequent ones the order is alphabetical. By
     this rule VQAv2's train and val together are said to have 3,129.
@@ -30,7 +36,7 @@ def vocabulary(rows: datasets.Dataset, least: int = 9) -> list[str]:
     raw.pop("", None)  # of a question without an answer
     counts: Counter[str] = Counter()
     for answer, number in raw.items():
-        counts[normalized(answer)] += number
+        counts[form(answer)] += number
     kept = [answer for answer, number in counts.items() if number >= least]
     if not kept:
         raise ValueError(
@@ -57,14 +63,17 @@ def soft_score(count: int, of: int) -> float:
     return (count * min(3, max(count - 1, 0)) + (of - count) * min(3, count)) / (3 * of)
 
 
-def soft_targets(references: Sequence[str], index: Mapping[str, int]) -> dict[int, float]:
+def soft_targets(
+    references: Sequence[str], index: Mapping[str, int], form: Form = normalized
+) -> dict[int, float]:
     """The soft score of each reference that has a class, by class.
 
     Args:
         references: what people answered, as they wrote it.
         index: class of each answer of a vocabulary.
+        form: of the vocabulary's answers.
     """
-    counts = Counter(map(normalized, references))
+    counts = Counter(map(form, references))
     return {
         index[answer]: soft_score(count, len(references))
         for answer, count in counts.items()

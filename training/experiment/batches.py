@@ -98,9 +98,9 @@ class Batches:
         task = self.tasks[rows[0]["name"]]
         batch: dict[str, Any] = self._tokens([task.prompt + row["text"] for row in rows], task)
         labels = torch.zeros(len(rows), len(self.answers))
-        index = _indexed(self.answers)
+        index, form = _indexed(self.answers), TASKS[LAYOUTS[task.layout].task].form
         for place, row in enumerate(rows):
-            for answer, score in soft_targets(row["references"], index).items():
+            for answer, score in soft_targets(row["references"], index, form).items():
                 labels[place, answer] = score
         return {**batch, "labels": labels}
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from fused_route.training.data.answers import read_vocabulary, vocabulary
-from fused_route.training.data.layouts import splits_of
+from fused_route.training.data.layouts import LAYOUTS, splits_of
 from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.build import Built, build, parameters
 from fused_route.training.experiment.folder import (
@@ -32,7 +32,7 @@ from fused_route.training.experiment.folder import (
 )
 from fused_route.training.experiment.projecting import start_projector
 from fused_route.training.experiment.recipe import Recipe
-from fused_route.training.experiment.tasks import Rows, open_rows
+from fused_route.training.experiment.tasks import TASKS, Rows, open_rows
 from fused_route.training.experiment.trainer import ExperimentTrainer, refuse_not_finite
 from fused_route.training.feature_cache import Encoded
 
@@ -89,7 +89,8 @@ def answers_of(recipe: Recipe, train: Rows) -> tuple[str, ...]:
         return tuple(read_vocabulary(Path(task.answers)))
     split = task.answers_from or task.split("train")
     rows = train if task.answers_from is None else open_rows(recipe, split, "train")
-    found = vocabulary(rows.samples[name].rows, task.least)
+    form = TASKS[LAYOUTS[task.layout].task].form
+    found = vocabulary(rows.samples[name].rows, task.least, form)
     if len(found) < 2:
         raise ValueError(
             f"tasks.{name}: {found[0]!r} alone occurs in at least {task.least} questions of "

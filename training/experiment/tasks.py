@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
+from fused_route.training.data.answers import Form, as_given
 from fused_route.training.data.samples import Samples, open_samples
 from fused_route.training.experiment.recipe import Recipe, TaskRecipe
 from fused_route.training.metrics.answers import (
@@ -21,6 +22,7 @@ from fused_route.training.metrics.answers import (
     nlvr2_scores,
 )
 from fused_route.training.metrics.captions import caption_scores
+from fused_route.training.metrics.vqa_accuracy import normalized
 
 Predictions = Mapping[str, str]
 SHUFFLE = 0  # seed of the order of images under control="shuffled": the same for every run
@@ -49,11 +51,13 @@ class Task:
         candidates: the answers to choose among; empty: any text.
         targets: what is trained on: "answer", the row's; "sampled", one of its references, drawn
             by its score, which weighs the loss.
+        form: of the answers that a classifier chooses among: one that `score` counts as right.
     """
 
     score: Callable[[Predictions, Samples, TaskRecipe], Scored]
     candidates: tuple[str, ...] = ()
     targets: str = "answer"
+    form: Form = as_given
 
 
 def _columns(samples: Samples, *names: str) -> list[dict[str, Any]]:
@@ -94,7 +98,7 @@ def _captions(predictions: Predictions, samples: Samples, recipe: TaskRecipe) ->
 
 
 TASKS = {
-    "vqa": Task(_vqa, targets="sampled"),
+    "vqa": Task(_vqa, targets="sampled", form=normalized),
     "gqa": Task(_gqa),
     "nlvr2": Task(_nlvr2, candidates=("true", "false")),
     "caption": Task(_captions),
