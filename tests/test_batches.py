@@ -115,6 +115,27 @@ class TestDecoder:
         two = [made.candidates([given], answer)["labels"] for answer in ("true", "false")]
         assert not torch.equal(*two)
 
+    @pytest.mark.parametrize(
+        ("name", "settings", "refused"),
+        [
+            ("vqa", {"max_length": 12, "max_new_tokens": 8}, "leave 3 tokens .* take [56]"),
+            ("nlvr2", {"max_length": 20}, "leave 1 tokens .* take 2 at least: raise max_length"),
+            ("nlvr2", {"max_length": 23}, ""),
+            ("caption", {"max_length": 12}, ""),
+            ("caption", {"max_length": 12, "prompt": "a picture of"}, "tasks.caption: max_length"),
+        ],
+    )
+    def test_lengths_leave_room_for_the_text(
+        self, name: str, settings: dict[str, Any], refused: str
+    ) -> None:
+        made = batches("decoder", "gpt2")
+        made = replace(made, tasks={name: replace(made.tasks[name], **settings)})
+        if refused:
+            with pytest.raises(ValueError, match=refused):
+                made.check_room(name)
+        else:
+            made.check_room(name)
+
     def test_published_captions(self) -> None:
         made = batches("decoder", "gpt2", compat="eccv24")
         rows = [row(name="caption", text="", answer="a red circle!"), row(1, "caption", answer="!")]
@@ -129,6 +150,29 @@ class TestDecoder:
         assert torch.equal(batch["labels"] == IGNORED, zero) and zero[:, 1:].any()
         assert batch["attention_mask"][0].sum() == len(words)
         assert made.prompts([row(name="caption", text="")])["input_ids"].shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [("classifier", "roberta"), ("decoder", "gpt2"), ("encoder-decoder", "t5")],
+)
+def test_what_is_cut_is_known(kind: str, model: str) -> None:
+    """A text is cut where one word more makes no other batch."""
+    made = batches(kind, model, answers=("a", "b"))
+    texts = ["red " * n + "?" for n in range(1, 40)]
+
+    def shapes(name: str) -> list[int]:
+        return [made.prompts([row(name=name, text=t)])["input_ids"].shape[1] for t in texts]
+
+    for name in ("vqa", "nlvr2"):
+        cut, lengths = made.cut(name, texts), shapes(name)
+        most = made.reads(name)
+        assert max(lengths) == most and not cut[0] and cut[-1]
+        whole = [n for n, is_cut in zip(lengths, cut, strict=True) if not is_cut]
+        assert whole == sorted(set(whole)) and all(
+            n == most for n, is_cut in zip(lengths, cut, strict=True) if is_cut
+        )
+    assert made.cut("vqa", []) == []
 
 
 @pytest.mark.parametrize("model", ["bart", "t5"])

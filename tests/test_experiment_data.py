@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-from experiments import save_all, written
+from experiments import refused, run, save_all, written
 
+from fused_route.training.experiment.build import build
+from fused_route.training.experiment.cutting import cut_texts
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.recipe_file import read_recipe
 from fused_route.training.experiment.run import open_data
@@ -51,3 +53,31 @@ class TestClasses:
         _, data = opened(path)
         assert {"t-shirt", "two", "the sky"} <= set(data.answers)
         assert set(data.train.samples["gqa"].rows["answer"]) == set(data.answers)
+
+
+class TestCut:
+    def test_texts_are_counted_once_and_said(
+        self, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file, out = written(folder, "roberta", "lora", "cut"), folder / "runs" / "cut"
+        short = ("--tasks.vqa.max_length", "9")
+        told, data = opened(file, *short)
+        made = build(told, data.answers).batches()
+        texts = data.train.samples["vqa"].rows["text"][:]
+        expected = sum(made.cut("vqa", texts))
+        assert 0 < expected < len(texts) and cut_texts(made, data.train) == {"vqa": expected}
+        line = f"tasks.vqa: {expected} of {len(texts)} texts are longer than the 9 tokens"
+        for command in (["--dry-run"], []):
+            assert run("train", file, *short, "--out", out, *command) == 0
+            assert capsys.readouterr().err.count(line) == 1
+        asked = ["predict", "--adapter", out, "--image", next(iter(data.images())), "--question"]
+        assert run(*asked, "what is this? " * 20) == 0
+        assert "the run reads 9 tokens (tasks.vqa.max_length)" in capsys.readouterr().err
+        assert run(*asked, "what?") == 0 and "left out" not in capsys.readouterr().err
+
+    def test_a_decoder_without_room_is_refused(
+        self, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = written(folder, "gpt2", "lora", "room")
+        given = ("--tasks.caption.prompt", "a picture of", "--max_length", "7")
+        assert "tasks.caption: max_length=7" in refused(capsys, "train", file, *given)

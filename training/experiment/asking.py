@@ -1,5 +1,6 @@
 """A run's model on images of your own."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,12 @@ def answer(run: Path, images: Sequence[Path], text: str, task: str | None = None
         raise ValueError(f"image: task {name} is about {takes}, got {len(images)} files")
     row = {"id": "0", "row": 0, "name": name, "text": text, "paths": list(images)}
     asking = Asking(built.batches())
+    if asking.batches.cut(name, [text])[0]:
+        print(
+            f"question: its end was left out, the run reads {asking.batches.reads(name)} tokens "
+            f"(tasks.{name}.max_length)",
+            file=sys.stderr,
+        )
     built.tuned.use(name)
     questions = asking([row])
     if built.recipe.model.kind != "classifier":

@@ -74,6 +74,43 @@ class Batches:
         decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.replace("\n", " ").strip() for text in decoded]
 
+    def check_room(self, name: str) -> None:
+        """Refuses lengths of a task that leave a decoder no room for what stands before the answer.
+
+        Raises:
+            ValueError: the beginning of text, the prompt and a token of the text do not fit.
+        """
+        task = self.tasks[name]
+        asks = LAYOUTS[task.layout].task != "caption"
+        if self.kind != "decoder" or self.compat == "eccv24" or not (asks or task.prompt):
+            return
+        room, needed = self._room(task), len(self._begun(task.prompt)) + asks
+        if room < needed:
+            raise ValueError(
+                f"tasks.{name}: max_length={task.max_length} and max_new_tokens="
+                f"{task.max_new_tokens} leave {room} tokens before a decoder's answer and its end, "
+                f"the beginning, prompt and text take {needed} at least: raise max_length"
+            )
+
+    def reads(self, name: str) -> int | None:
+        """Tokens of prompt and text that the model reads at most, those of its own among them;
+        None where nothing is cut."""
+        if self.kind != "decoder":
+            return self.tasks[name].max_length
+        return None if self.compat == "eccv24" else self._room(self.tasks[name])
+
+    def cut(self, name: str, texts: Sequence[str]) -> list[bool]:
+        """Which texts the model reads without their end."""
+        most = self.reads(name)
+        if most is None or not texts:
+            return [False] * len(texts)
+        prompt, decodes = self.tasks[name].prompt, self.kind == "decoder"
+        made = self.tokenizer(
+            [prompt + text for text in texts], add_special_tokens=not decodes, truncation=True,
+            max_length=most + 1,
+        )["input_ids"]  # fmt: skip
+        return [len(self._with_start(ids) if decodes else ids) > most for ids in made]
+
     def _tokens(self, texts: list[str], task: TaskRecipe) -> dict[str, Tensor]:
         made = self.tokenizer(
             texts, padding=True, truncation=True, max_length=task.max_length, return_tensors="pt"
@@ -82,13 +119,20 @@ class Batches:
 
     def _prompt_of(self, text: str, task: TaskRecipe) -> list[int]:
         """Tokens before a decoder's answer, the beginning of text first."""
+        return self._ids(text) if self.compat == "eccv24" else self._begun(text)[: self._room(task)]
+
+    def _begun(self, text: str) -> list[int]:
+        return self._with_start(self._ids(text))
+
+    def _with_start(self, ids: list[int]) -> list[int]:
         start = self.tokenizer.bos_token_id
         start = self.tokenizer.eos_token_id if start is None else start  # Qwen has no other
-        if self.compat == "eccv24":
-            return self._ids(text)
-        ids = self._ids(text)
-        ids = ids if ids[:1] == [start] else [start, *ids]
-        return ids[: max(task.max_length - task.max_new_tokens - 1, 1)]
+        return ids if ids[:1] == [start] else [start, *ids]
+
+    @staticmethod
+    def _room(task: TaskRecipe) -> int:
+        """Tokens before a decoder's answer and its end: of captions, the beginning of text."""
+        return max(task.max_length - task.max_new_tokens - 1, 1)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []

@@ -97,7 +97,10 @@ def build(recipe: Recipe, answers: Sequence[str] = ()) -> Built:
         draw_published(model)
     encoder = encoder_of(tower, processor, told.features)
     cache = FeatureCache(Path(recipe.cache) / "features", encoder.key) if cached else None
-    return Built(recipe, model, tuned, tokenizer, tower, encoder, cache, tuple(answers))
+    made = Built(recipe, model, tuned, tokenizer, tower, encoder, cache, tuple(answers))
+    for name in recipe.tasks:
+        made.batches().check_room(name)
+    return made
 
 
 def _model(

@@ -9,6 +9,7 @@ from torch import Tensor
 from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.batches import IGNORED
 from fused_route.training.experiment.build import Built, build, parameters
+from fused_route.training.experiment.cutting import say_cut
 from fused_route.training.experiment.images import PixelImages
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.run import Data, open_data, seed
@@ -29,6 +30,7 @@ def dry_run(recipe: Recipe) -> str:
     seed(arguments)
     data = open_data(recipe)
     built = build(recipe, data.answers)
+    say_cut(built.batches(), data.train)
     images = data.images()
     rows = {name: len(samples.rows) for name, samples in data.train.samples.items()}
     parts = [built.recipe.to_yaml(), _counts(rows), f"images: {len(images)}"]

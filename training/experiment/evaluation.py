@@ -10,6 +10,7 @@ from typing import Any
 
 from fused_route.training.data.layouts import splits_of
 from fused_route.training.experiment.arguments import arguments_of
+from fused_route.training.experiment.cutting import say_cut
 from fused_route.training.experiment.folder import (
     adapter_folder,
     open_run,
@@ -63,6 +64,7 @@ def evaluate(
     quiet = {**NOTHING, "output_dir": str(folder)}
     recipe = replace(built.recipe, training=built.recipe.training | quiet)
     arguments = arguments_of(recipe, validated=False)
+    say_cut(built.batches(), rows)
     encode(built, rows.images())
     trainer = ExperimentTrainer(built, arguments)
     withheld = [name for name in names if is_withheld(built.recipe, name, split)]

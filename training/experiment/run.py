@@ -20,6 +20,7 @@ from fused_route.training.data.answers import read_vocabulary, vocabulary
 from fused_route.training.data.layouts import LAYOUTS, splits_of
 from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.build import Built, build, parameters
+from fused_route.training.experiment.cutting import say_cut
 from fused_route.training.experiment.folder import (
     BEST,
     LAST,
@@ -120,6 +121,7 @@ def train(recipe: Recipe) -> Path:
     seed(arguments)
     data = open_data(recipe)
     built = build(recipe, data.answers)
+    say_cut(built.batches(), data.train)
     encode(built, data.images())
     start_projector(built, data.train.images())
     lock = alone_in(folder) if arguments.should_save else nullcontext()

@@ -1,0 +1,48 @@
+"""Texts that are longer than what a model reads of them, counted and said."""
+
+import sys
+from collections import Counter
+
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+from fused_route.training.experiment.batches import Batches
+from fused_route.training.experiment.tasks import Rows
+from fused_route.training.files import place
+
+AT_ONCE = 10_000  # rows
+OWN = 4  # tokens that a tokenizer may add; any other is of a byte at least
+
+
+def say_cut(batches: Batches, rows: Rows) -> None:
+    """A line on standard error for each task that has texts whose end is left out."""
+    if place()[0] != 0:
+        return
+    for name, number in cut_texts(batches, rows).items():
+        print(
+            f"tasks.{name}: {number} of {len(rows.of(name))} texts are longer than the "
+            f"{batches.reads(name)} tokens that are read with the prompt, their ends are left out: "
+            "raise max_length",
+            file=sys.stderr,
+        )
+
+
+def cut_texts(batches: Batches, rows: Rows) -> dict[str, int]:
+    """Number of rows whose text is cut, of the tasks that have any.
+
+    Texts too short for it by their bytes are not looked at, equal ones once: questions come with
+    many images.
+    """
+    found = {}
+    for name, samples in rows.samples.items():
+        most, number = batches.reads(name), 0
+        if most is None:
+            continue
+        short, long = most - OWN - len(batches.tasks[name].prompt.encode()), Counter[str]()
+        for batch in samples.rows.select_columns(["text"]).with_format("arrow").iter(AT_ONCE):
+            texts = batch.column("text")
+            long.update(texts.filter(pc.greater(pc.binary_length(texts), short)).to_pylist())
+        for text, is_cut in zip(long, batches.cut(name, list(long)), strict=True):
+            number += long[text] if is_cut else 0
+        if number:
+            found[name] = number
+    return found
