@@ -8,7 +8,7 @@ import pytest
 import yaml
 from experiments import refused, run, save_all, written
 
-from fused_route.training.experiment.build import build
+from fused_route.training.experiment.build import Built, build
 from fused_route.training.experiment.cutting import cut_texts
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.recipe_file import read_recipe
@@ -81,3 +81,31 @@ class TestCut:
         file = written(folder, "gpt2", "lora", "room")
         given = ("--tasks.caption.prompt", "a picture of", "--max_length", "7")
         assert "tasks.caption: max_length=7" in refused(capsys, "train", file, *given)
+
+
+class TestPositions:
+    @pytest.mark.parametrize(
+        ("language", "length", "features", "visual"),
+        [
+            ("roberta", 62, ("--visual_tokens", "none"), 0),
+            ("roberta", 61, ("--features", "pooled"), 1),
+            ("roberta", 57, ("--features", "tokens"), 5),
+            ("gpt2", 59, ("--features", "tokens"), 5),
+            ("bart", 54, ("--features", "tokens"), 10),  # the two images of NLVR2
+        ],
+    )
+    def test_visual_tokens_take_some(
+        self, language: str, length: int, features: tuple[str, str], visual: int, folder: Path
+    ) -> None:
+        name = {"roberta": "vqa", "gpt2": "caption", "bart": "nlvr2"}[language]
+        file = written(folder, language, "lora", "positions")
+
+        def made(length: int) -> Built:
+            told = read_recipe(file, [*features, f"--tasks.{name}.max_length={length}"])
+            return build(told, ("a", "b") if language == "roberta" else ())
+
+        made(length)
+        beside = f" beside {visual} visual tokens" if visual else ""
+        says = f"tasks.{name}: max_length={length + 1} and max_new_tokens=[0-9]+{beside}, but"
+        with pytest.raises(ValueError, match=says):
+            made(length + 1)

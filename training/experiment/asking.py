@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from fused_route.training.data.layouts import LAYOUTS
-from fused_route.training.experiment.build import Built, check_length
+from fused_route.training.experiment.build import Built, check_length, visual_tokens
 from fused_route.training.experiment.decoding import Asking, answers
 from fused_route.training.experiment.folder import open_run
+from fused_route.training.experiment.tasks import TASKS
 
-IMAGES = {"nlvr2": 2}  # of a question, where not one
 AT_ONCE = 32  # images that go through the model together
 
 
@@ -36,7 +36,7 @@ def answer(run: Path, images: Sequence[Path], text: str, task: str | None = None
         raise ValueError("question is empty")
     built = open_run(run, features_from="tower")
     name = _task(built, task, captions=False)
-    takes = IMAGES.get(LAYOUTS[built.recipe.tasks[name].layout].task, 1)
+    takes = TASKS[LAYOUTS[built.recipe.tasks[name].layout].task].images
     if len(images) != takes:
         raise ValueError(f"image: task {name} is about {takes}, got {len(images)} files")
     row = {"id": "0", "row": 0, "name": name, "text": text, "paths": list(images)}
@@ -77,7 +77,8 @@ def captions(
         built.recipe.tasks[name],
         max_new_tokens=generation.get("max_new_tokens", built.recipe.tasks[name].max_new_tokens),
     )
-    check_length(name, asked, built.recipe.model.kind, built.model.language)
+    visual = visual_tokens(built.recipe, name, built.encoder)
+    check_length(name, asked, built.recipe.model.kind, built.model.language, visual)
     asking = Asking(built.batches())
     built.tuned.use(name)
     found: list[str] = []

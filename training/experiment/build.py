@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fused_route import RoutedConfig
+from fused_route.training.data.layouts import LAYOUTS
 from fused_route.training.encoders import Encoder, encoder_of
 from fused_route.training.experiment.batches import Batches
 from fused_route.training.experiment.compat import draw_published, embed_twice, published
@@ -16,6 +18,7 @@ from fused_route.training.experiment.head import put_head
 from fused_route.training.experiment.images import CachedImages, PixelImages
 from fused_route.training.experiment.pretrained import load_language, load_tower
 from fused_route.training.experiment.recipe import Recipe, TaskRecipe
+from fused_route.training.experiment.tasks import TASKS
 from fused_route.training.experiment.tuning import Tuned, tune
 from fused_route.training.feature_cache import FeatureCache
 from fused_route.training.towers import width_of
@@ -79,8 +82,6 @@ def build(recipe: Recipe, answers: Sequence[str] = ()) -> Built:
         raise ValueError(f"answers: a classifier chooses among two or more, got {len(answers)}")
     tower, processor = load_tower(told.vision, told.features)
     language, tokenizer, new = load_language(told.language, told.kind, len(answers) or None)
-    for name, task in recipe.tasks.items():
-        check_length(name, task, told.kind, language)
     cached = recipe.features_from == "cache"
     model = _model(recipe, tower, language, len(answers))
     tuned = tune(
@@ -98,7 +99,8 @@ def build(recipe: Recipe, answers: Sequence[str] = ()) -> Built:
     encoder = encoder_of(tower, processor, told.features)
     cache = FeatureCache(Path(recipe.cache) / "features", encoder.key) if cached else None
     made = Built(recipe, model, tuned, tokenizer, tower, encoder, cache, tuple(answers))
-    for name in recipe.tasks:
+    for name, task in recipe.tasks.items():
+        check_length(name, task, told.kind, language, visual_tokens(recipe, name, encoder))
         made.batches().check_room(name)
     return made
 
@@ -123,8 +125,26 @@ def _model(
     return model
 
 
-def check_length(name: str, task: TaskRecipe, kind: str, language: PreTrainedModel) -> None:
+def visual_tokens(recipe: Recipe, name: str, encoder: Encoder) -> int:
+    """Number of visual tokens that stand beside a text of a task."""
+    told = recipe.model
+    if told.visual_tokens == "none":
+        return 0
+    images = TASKS[LAYOUTS[recipe.tasks[name].layout].task].images
+    if told.features == "pooled":
+        return images
+    blank = encoder.preprocess(Image.new("RGB", (64, 64)))
+    with torch.no_grad():
+        return images * encoder.encode(blank.unsqueeze(0)).shape[1]
+
+
+def check_length(
+    name: str, task: TaskRecipe, kind: str, language: PreTrainedModel, visual: int = 0
+) -> None:
     """Refuses texts longer than the language model has positions for.
+
+    Args:
+        visual: tokens that stand beside a text.
 
     Raises:
         ValueError: more tokens may come than it takes.
@@ -137,11 +157,14 @@ def check_length(name: str, task: TaskRecipe, kind: str, language: PreTrainedMod
         return
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):
         positions -= 2  # the places of padding
-    longest = max(task.max_length, task.max_new_tokens if kind != "classifier" else 0)
-    if longest > positions:
+    answer = task.max_new_tokens if kind != "classifier" else 0
+    if kind == "decoder":  # the answer stands behind the image too, a pair's in another sequence
+        answer += visual
+    if max(task.max_length + visual, answer) > positions:
+        beside = f" beside {visual} visual tokens" if visual else ""
         raise ValueError(
-            f"tasks.{name}: max_length={task.max_length} and max_new_tokens={task.max_new_tokens}, "
-            f"but {type(language).__name__} has {positions} positions"
+            f"tasks.{name}: max_length={task.max_length} and max_new_tokens={task.max_new_tokens}"
+            f"{beside}, but {type(language).__name__} has {positions} positions"
         )
 
 

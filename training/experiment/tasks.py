@@ -51,6 +51,7 @@ class Task:
         candidates: the answers to choose among; empty: any text.
         targets: what is trained on: "answer", the row's; "sampled", one of its references, drawn
             by its score, which weighs the loss.
+        images: of a row.
         form: of the answers that a classifier chooses among: one that `score` counts as right.
     """
 
@@ -58,6 +59,7 @@ class Task:
     candidates: tuple[str, ...] = ()
     targets: str = "answer"
     form: Form = as_given
+    images: int = 1
 
 
 def _columns(samples: Samples, *names: str) -> list[dict[str, Any]]:
@@ -100,7 +102,7 @@ def _captions(predictions: Predictions, samples: Samples, recipe: TaskRecipe) ->
 TASKS = {
     "vqa": Task(_vqa, targets="sampled", form=normalized),
     "gqa": Task(_gqa),
-    "nlvr2": Task(_nlvr2, candidates=("true", "false")),
+    "nlvr2": Task(_nlvr2, candidates=("true", "false"), images=2),
     "caption": Task(_captions),
 }
 
