@@ -96,7 +96,10 @@ class TestControls:
         for overrides in ([], ["--control=shuffled"]):  # neither takes the other's place
             evaluate(made, overrides=overrides)
         found = {path.name for path in (made / "best").glob("scores-*.json")}
-        assert {"scores-test.json", "scores-test-shuffled.json"} <= found
+        assert {
+            "scores-test-karpathy-test.json",
+            "scores-test-karpathy-test-shuffled.json",
+        } <= found
 
 
 class TestProjector:

@@ -38,16 +38,18 @@ class TestEval:
         self, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert run("eval", runs["bart"], "--to", tmp_path) == 0
-        vqa = json.loads((tmp_path / "answers-vqa-test-first12.json").read_text())
+        vqa = json.loads((tmp_path / "answers-vqa-test-karpathy-test-first12.json").read_text())
         assert {type(x) for row in vqa for x in row.values()} == {int, str}
         assert set(vqa[0]) == {"question_id", "answer"}
-        captions = json.loads((tmp_path / "answers-caption-test-first12.json").read_text())
+        captions = json.loads(
+            (tmp_path / "answers-caption-test-karpathy-test-first12.json").read_text()
+        )
         assert set(captions[0]) == {"image_id", "caption"}
         rows = list(
-            csv.reader((tmp_path / "answers-nlvr2-test-first12.csv").read_text().splitlines())
+            csv.reader((tmp_path / "answers-nlvr2-test-test1-first12.csv").read_text().splitlines())
         )
         assert {row[1] for row in rows} <= {"True", "False"} and rows[0][0].startswith("test1-")
-        assert "scores-test-first12.json" in capsys.readouterr().out
+        assert "scores-test-karpathy-test-test1-first12.json" in capsys.readouterr().out
 
     def test_one_task_and_split(self, runs: dict[str, Path], tmp_path: Path) -> None:
         given = ["--split", "testdev", "--task", "gqa", "--to", tmp_path]
@@ -64,6 +66,24 @@ class TestEval:
         assert run("eval", runs["roberta"], "--split", "test-dev", "--to", tmp_path) == 0
         assert "evaluation server" in capsys.readouterr().out
         assert [path.name for path in tmp_path.iterdir()] == ["answers-vqa-test-dev.json"]
+
+    def test_tasks_with_answers_are_scored_beside_one_without(
+        self, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        given = ["--to", tmp_path, "--tasks.vqa.test", "test-dev"]
+        assert run("eval", runs["bart"], *given) == 0
+        scores = json.loads(
+            (tmp_path / "scores-test-test-dev-test1-karpathy-test-first12.json").read_text()
+        )
+        assert {name.partition("_")[0] for name in scores} == {"nlvr2", "caption", "score"}
+        mains = scores["nlvr2_accuracy"], scores["caption_cider_regex"]
+        assert scores["score"] == pytest.approx(sum(mains) / 2)
+        assert "no answers to score vqa by: 'score' is of nlvr2, caption" in capsys.readouterr().err
+        submitted = tmp_path / "answers-vqa-test-test-dev-first12.json"
+        before = submitted.read_bytes()
+        assert run("eval", runs["bart"], "--to", tmp_path, "--task", "vqa") == 0
+        assert run("eval", runs["bart"], "--to", tmp_path) == 0
+        assert submitted.read_bytes() == before
 
     def test_how_training_was_watched_does_not_matter(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,7 +102,7 @@ class TestEval:
     def test_scores_are_those_of_training(self, runs: dict[str, Path], tmp_path: Path) -> None:
         assert run("eval", runs["roberta"], "--split", "validation", "--to", tmp_path) == 0
         logged = json.loads((runs["roberta"] / "scores.json").read_text())["validation"]
-        assert json.loads((tmp_path / "scores-validation.json").read_text()) == logged
+        assert json.loads((tmp_path / "scores-validation-karpathy-val.json").read_text()) == logged
 
     @pytest.mark.parametrize(
         ("given", "message"),

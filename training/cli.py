@@ -92,7 +92,9 @@ def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     score.add_argument("folder", type=Path, help="of a run, or of an adapter in it")
     score.add_argument(
-        "--split", default="test", help="validation, test, or one of the layout's (default: test)"
+        "--split",
+        default="test",
+        help="train, validation or test of the recipe, or another of the layout's (default: test)",
     )
     score.add_argument("--task", action="append", help="of the recipe's tasks; again for another")
     score.add_argument("--to", type=Path, help="folder of answers and scores; else the adapter's")

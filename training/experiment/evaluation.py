@@ -3,7 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fused_route.training.experiment.folder import (
 )
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.run import encode
-from fused_route.training.experiment.tasks import Rows, open_rows
+from fused_route.training.experiment.tasks import Rows, Scored, open_rows
 from fused_route.training.experiment.trainer import ExperimentTrainer, named
 from fused_route.training.files import atomic_file
 
@@ -46,7 +47,7 @@ def evaluate(
 
     Args:
         run: folder of a run, or of an adapter in it.
-        split: "validation" or "test" of its recipe, or a split of the layout.
+        split: "train", "validation" or "test" of its recipe, or another split of the layout.
         tasks: which of the recipe's; None: those that have this split.
         out: folder of the files; None: beside the adapter.
         overrides: settings of the recipe.
@@ -67,23 +68,50 @@ def evaluate(
     say_cut(built.batches(), rows)
     encode(built, rows.images())
     trainer = ExperimentTrainer(built, arguments)
-    withheld = [name for name in names if is_withheld(built.recipe, name, split)]
     given = trainer.answered(rows)
-    judged = {} if withheld else trainer.judged(rows, given)
+    judged = _judged(trainer, rows, given, split)
     scores = named(judged) if judged else {}
-    label = _label(built.recipe, split, tasks)
-    written = _write(folder, label, rows, given, scores) if arguments.should_save else []
+    written = []
+    if arguments.should_save:
+        written = _write(folder, _labels(built.recipe, names, split, tasks), rows, given, scores)
     if items is not None and judged and arguments.should_save:
         write_compact(items, {name: found.each for name, found in judged.items()})
     return scores, written
 
 
-def _label(recipe: Recipe, split: str, tasks: Sequence[str] | None) -> str:
-    """What the names of the files say."""
+def _judged(
+    trainer: ExperimentTrainer, rows: Rows, given: Mapping[str, Answers], split: str
+) -> dict[str, Scored]:
+    """The scores of the tasks that have answers to score by; says which of several have none."""
+    recipe = trainer.built.recipe
+    withheld = [name for name in rows.samples if is_withheld(recipe, name, split)]
+    scored = {name: found for name, found in rows.samples.items() if name not in withheld}
+    if withheld and scored and trainer.args.should_save:
+        print(
+            f"no answers to score {', '.join(withheld)} by: 'score' is of {', '.join(scored)} "
+            "alone",
+            file=sys.stderr,
+        )
+    return trainer.judged(Rows(scored), given) if scored else {}
+
+
+def _labels(
+    recipe: Recipe, names: Sequence[str], split: str, tasks: Sequence[str] | None
+) -> dict[str, str]:
+    """What the names of the files say: of each task's answers, and under "" of the scores.
+
+    With the layout's split, where that is not what was asked for: "test" of a recipe may be
+    another today, and its answers on the way to a server.
+    """
     limits = {task.limit for task in recipe.tasks.values() if task.limit is not None}
-    parts = [split.replace("+", "-"), *(tasks or []), *(f"first{n}" for n in sorted(limits))]
-    control = [] if recipe.control == "none" else [recipe.control]
-    return "-".join([*parts, *control])
+    rest = [*(tasks or []), *(f"first{n}" for n in sorted(limits))]
+    rest += [] if recipe.control == "none" else [recipe.control]
+    own = {name: recipe.tasks[name].split(split) for name in names}
+
+    def label(splits: Iterable[str]) -> str:
+        return "-".join([*dict.fromkeys([split, *splits]), *rest]).replace("+", "-")
+
+    return {"": label(own.values())} | {name: label([own[name]]) for name in names}
 
 
 def tasks_with(recipe: Recipe, split: str, tasks: Sequence[str] | None = None) -> list[str]:
@@ -111,17 +139,21 @@ def is_withheld(recipe: Recipe, name: str, split: str) -> bool:
 
 
 def _write(
-    folder: Path, label: str, rows: Rows, given: Mapping[str, Answers], scores: dict[str, float]
+    folder: Path,
+    labels: Mapping[str, str],
+    rows: Rows,
+    given: Mapping[str, Answers],
+    scores: dict[str, float],
 ) -> list[Path]:
     written = []
     for name, answers in given.items():
         write = SUBMISSIONS[rows.samples[name].task]
-        path = folder / f"answers-{name}-{label}{'.csv' if write is _nlvr2 else '.json'}"
+        path = folder / f"answers-{name}-{labels[name]}{'.csv' if write is _nlvr2 else '.json'}"
         with atomic_file(path) as file:
             file.write(write(answers).encode())
         written.append(path)
     if scores:
-        written.append(folder / f"scores-{label}.json")
+        written.append(folder / f"scores-{labels['']}.json")
         write_json(written[-1], scores)
     return written
 

@@ -81,7 +81,8 @@ class TaskRecipe:
         num_beams: 1 decodes greedily.
         batch_size: of training, on each device; null: training.per_device_train_batch_size.
         answers: file of the answers that a classifier chooses among; null: those that occur in
-            at least `least` questions of the split `answers_from`; null: of the training split.
+            at least `least` questions of the split `answers_from`: "train", "validation" or
+            "test" of this task, or another of the layout; null: of the training split.
         normalize: of VQA's accuracy, as in `vqa_accuracy`.
         limit: rows of each split, for trials; null: all.
     """
