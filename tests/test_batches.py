@@ -83,6 +83,17 @@ class TestDecoder:
         assert batch["input_ids"][0, 0] == start and batch["labels"][0, 0] == IGNORED
         assert batch["labels"][0, 1] == batch["input_ids"][0, 1]  # the first word has a label
 
+    @pytest.mark.parametrize("prompt", ["a picture of", "a picture of "])
+    def test_a_caption_goes_on_with_its_prompt(self, prompt: str) -> None:
+        made = batches("decoder", "gpt2")
+        task = replace(made.tasks["caption"], max_length=30, max_new_tokens=9, prompt=prompt)
+        made = replace(made, tasks={"caption": task})
+        batch = made.training([row(name="caption", text="", answer="red circle")])
+        (text,) = made.text(batch["input_ids"])
+        assert text == "a picture of red circle"
+        labels = batch["labels"][0]
+        assert made.text(labels[labels != IGNORED].unsqueeze(0)) == ["red circle"]
+
     def test_a_tokenizer_without_a_beginning_starts_from_the_end(self) -> None:
         made = batches("decoder", "gpt2")
         made.tokenizer.bos_token = None

@@ -157,8 +157,10 @@ class Batches:
         answers, weights = self._drawn(rows)
         ids, labels = [], []
         for row, answer in zip(rows, answers, strict=True):
-            prompt = self._prompt_of(task.prompt + row["text"], task)
-            space = " " if row["text"] and answer else ""
+            before = task.prompt + row["text"]
+            prompt = self._prompt_of(before, task)
+            joins = row["text"] or (before and not before[-1].isspace())
+            space = " " if answer and joins else ""
             said = [*self._ids(space + answer)[: task.max_length - len(prompt) - 1], end]
             ids.append(prompt + said)
             labels.append([IGNORED] * len(prompt) + said)
