@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fused_route.training import cli
+from fused_route.training.experiment import doctor
 
 pytestmark = pytest.mark.usefixtures("without_java")
 
@@ -112,6 +115,8 @@ class TestEval:
             (["--tasks.vqa.root", "nowhere"], "nowhere"),
             (["--model.language", "nowhere"], "model.language"),
             (["--rout", "gram"], "--rout is no setting"),
+            (["--tasks.vqa.answers", "a.json"], "the classes that it was trained with"),
+            (["--tasks.vqa.least", "2"], "the classes that it was trained with"),
             (["--rank", "5"], "--adapter.r=5: the run was trained with 4"),
             (["--alpha", "9"], "another function"),
             (["--visual_tokens", "none"], "another function"),
@@ -291,6 +296,66 @@ class TestDoctor:
         captured = capsys.readouterr()
         assert "does not exist" in captured.out and "without config.json" in captured.out
         assert "to do before training" in captured.err
+
+    def test_every_missing_file_and_the_answers(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = written(folder, "roberta", "lora", "lacking")
+        data = shutil.copytree(folder / "data" / "vqav2", tmp_path / "vqav2")
+        gone = [data / "dataset_coco.json", data / "v2_mscoco_val2014_annotations.json"]
+        for path in gone:
+            path.unlink()
+        given = ["doctor", file, "--tasks.vqa.root", data]
+        assert run(*given, "--tasks.vqa.answers", tmp_path / "none.json") == 1
+        out = capsys.readouterr().out
+        for path in (*gone, tmp_path / "none.json"):
+            assert sum(f"{path} " in line for line in out.splitlines()) == 1, path
+        assert run(*given[:2], "--answers_from", "train+vall") == 1
+        assert "got 'vall'" in capsys.readouterr().out
+        assert run(*given[:2], "--answers_from", "test", "--tasks.vqa.test", "null") == 1
+        assert "answers_from=test, but test is null" in capsys.readouterr().out
+
+    def test_the_command_for_several_gpus_runs(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        cuda = {"is_available": True, "device_count": 2, "get_device_name": "a GPU"}
+        cuda |= {"mem_get_info": (0, 2**36), "get_device_capability": (9, 0)}
+        for name, value in cuda.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        (line,) = [str(found) for found in doctor._devices() if "torchrun" in str(found)]
+        words = line.split()
+        module = words[words.index("-m") : words.index("train") + 1]
+        done = subprocess.run(
+            [sys.executable, *module, "no/such"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2 and "recipe 'no/such' is no file" in done.stderr
+
+
+def test_a_dry_run_says_what_training_would_do(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = written(folder, "bart", "lora", "dry"), tmp_path / "run"
+    given = ["train", file, "--out", out, "--batch_size", "5", "--epochs", "1.5"]
+    given += ["--gradient_accumulation_steps", "2", "--sampling", "balanced"]
+
+    def lines(*more: str) -> list[str]:
+        capsys.readouterr()
+        assert run(*given, "--dry-run", *more) == 0
+        return [x for x in capsys.readouterr().out.splitlines() if x.startswith(("run:", "steps:"))]
+
+    run_line, steps = lines()
+    assert run_line == f"run: new, in {out}" and not out.exists()
+    assert run(*given) == 0
+    done = json.loads((out / "history.json").read_text())["steps"]
+    assert steps.startswith(f"steps: {done:,}, ")
+    assert lines()[0] == f"run: {out} is finished already, nothing would be trained"
+    (out / "scores.json").unlink()
+    assert lines()[0] == f"run: goes on from {out / f'checkpoint-{done}'}"
+    assert "is a run of another recipe" in refused(capsys, *given, "--dry-run", "--lr", "1")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    given[3] = tmp_path / "other"
+    assert "holds other files" in refused(capsys, *given, "--dry-run")
 
 
 def test_broken_images_are_refused_or_skipped(

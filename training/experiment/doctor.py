@@ -11,6 +11,7 @@ import torch
 from packaging.requirements import Requirement
 
 from fused_route import __version__
+from fused_route.training.data.answers import read_vocabulary
 from fused_route.training.data.samples import absent
 from fused_route.training.experiment.packaged import LANGUAGES, TOWERS
 from fused_route.training.experiment.recipe import Recipe, TaskRecipe
@@ -48,7 +49,7 @@ def examine(recipe: Recipe | None = None) -> Iterator[Finding]:
     if recipe is not None:
         yield from _models(recipe)
         for name, task in recipe.tasks.items():
-            yield from _data(name, task)
+            yield from _data(name, task, recipe.model.kind)
 
 
 def _packages() -> Iterator[Finding]:
@@ -102,7 +103,7 @@ def _devices() -> Iterator[Finding]:
         count = torch.cuda.device_count()
         yield Finding(
             "note", f"{count} GPUs, of which a plain command uses one",
-            f"torchrun --nproc-per-node {count} -m fused_route.training.cli train …, "
+            f"torchrun --nproc-per-node {count} -m fused_route.training train …, "
             "or set CUDA_VISIBLE_DEVICES=0",
         )  # fmt: skip
 
@@ -165,15 +166,35 @@ def _in_hub_cache(name: str) -> bool:
         return False
 
 
-def _data(name: str, task: TaskRecipe) -> Iterator[Finding]:
-    for split in dict.fromkeys(filter(None, (task.train, task.validation, task.test))):
+def _data(name: str, task: TaskRecipe, kind: str) -> Iterator[Finding]:
+    """Every file that is missing, each once; a classifier's answers too."""
+    splits: list[str | None] = [task.train, task.validation, task.test]
+    if kind == "classifier" and task.answers is not None:
+        yield _answers(name, Path(task.answers).expanduser())
+    elif kind == "classifier" and task.answers_from in ("train", "validation", "test"):
+        if getattr(task, task.answers_from) is None:
+            told = f"tasks.{name}: answers_from={task.answers_from}"
+            yield Finding("problem", f"{told}, but {task.answers_from} is null")
+    elif kind == "classifier":
+        splits.append(task.answers_from)
+    said: set[str] = set()
+    for split in dict.fromkeys(filter(None, splits)):
         told = f"tasks.{name}: {task.layout} {split}"
         try:
             lacking = absent(task.source, split)
         except ValueError as error:
-            yield Finding("problem", f"{told}: {error}")
-            continue
-        if lacking:
-            yield Finding("problem", f"{told}: {lacking[0]}")
-        else:
+            lacking = [str(error)]
+        for line in lacking:
+            if line not in said:
+                yield Finding("problem", f"{told}: {line}")
+        said.update(lacking)
+        if not lacking:
             yield Finding("ok", told)
+
+
+def _answers(name: str, path: Path) -> Finding:
+    try:
+        found = read_vocabulary(path)
+    except ValueError as error:
+        return Finding("problem", f"tasks.{name}.answers: {error}")
+    return Finding("ok", f"tasks.{name}.answers={path}, {len(found)} of them")

@@ -1,18 +1,24 @@
 """What training a recipe would do: its settings, parameters, memory and first batch."""
 
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
 from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.batches import IGNORED
 from fused_route.training.experiment.build import Built, build, parameters
 from fused_route.training.experiment.cutting import say_cut
+from fused_route.training.experiment.folder import anchored, check_folder, last_checkpoint
 from fused_route.training.experiment.images import PixelImages
 from fused_route.training.experiment.recipe import Recipe
-from fused_route.training.experiment.run import Data, open_data, seed
+from fused_route.training.experiment.run import SCORES, Data, open_data, seed
+from fused_route.training.experiment.sampling import TaskBatches
+from fused_route.training.experiment.tasks import Rows
 
 GIB = 2**30
 SHOWN = 3  # rows of the first batch
@@ -22,9 +28,12 @@ FOR_ESTIMATE = 2  # rows whose activations are counted
 def dry_run(recipe: Recipe) -> str:
     """A report of what `train` would do; nothing is trained, encoded or written but mapped rows.
 
+    The first line after the settings says whether the folder has a run to go on with.
+
     Raises:
         ValueError: what `train` would refuse.
     """
+    state = _state(recipe)
     validated = any(task.validation is not None for task in recipe.tasks.values())
     arguments = arguments_of(recipe, validated=validated)
     seed(arguments)
@@ -33,7 +42,8 @@ def dry_run(recipe: Recipe) -> str:
     say_cut(built.batches(), data.train)
     images = data.images()
     rows = {name: len(samples.rows) for name, samples in data.train.samples.items()}
-    parts = [built.recipe.to_yaml(), _counts(rows), f"images: {len(images)}"]
+    parts = [built.recipe.to_yaml(), state, _counts(rows), _steps(recipe, arguments, data.train)]
+    parts.append(f"images: {len(images)}")
     if built.answers:
         parts.append(f"answers: {len(built.answers)}, the first {', '.join(built.answers[:5])}")
     if built.cache is not None:
@@ -47,6 +57,29 @@ def dry_run(recipe: Recipe) -> str:
         parts += [f"first batch of {name}:", _memory(built, data, name, size), *_shapes(batch)]
         parts += _texts(built, batch)
     return "\n".join(parts)
+
+
+def _state(recipe: Recipe) -> str:
+    """Whether a run would be new; ValueError where the folder has something else in it."""
+    folder = Path(recipe.training["output_dir"])
+    check_folder(folder, anchored(recipe))
+    if (folder / SCORES).is_file():
+        return f"run: {folder} is finished already, nothing would be trained"
+    checkpoint = last_checkpoint(folder)
+    return f"run: new, in {folder}" if checkpoint is None else f"run: goes on from {checkpoint}"
+
+
+def _steps(recipe: Recipe, arguments: TrainingArguments, train: Rows) -> str:
+    """As the Trainer counts them."""
+    default = arguments.per_device_train_batch_size
+    sizes = {name: task.batch_size or default for name, task in recipe.tasks.items()}
+    rows = {name: train.of(name) for name in train.samples}
+    batches = len(TaskBatches(rows, sizes, recipe.sampling, seed=0))
+    shared = -(-batches // arguments.world_size)
+    each = -(-shared // arguments.gradient_accumulation_steps)
+    told = arguments.max_steps
+    number = told if told > 0 else math.ceil(arguments.num_train_epochs * each)
+    return f"steps: {number:,}, {each:,} an epoch"
 
 
 def _counts(rows: dict[str, int]) -> str:

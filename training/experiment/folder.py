@@ -115,6 +115,11 @@ def _refuse_other_function(trained: Recipe, told: Recipe) -> None:
     """ValueError where overrides would make another function of what was trained."""
     theirs, ours = (flat(yaml.safe_load(r.to_yaml())) for r in (trained, told))
     for name in theirs:
+        if CLASSES.fullmatch(name) and theirs[name] != ours.get(name):
+            raise ValueError(
+                f"--{name}={shown(ours.get(name))}: the run answers with the classes that it was "
+                f"trained with, of its {ANSWERS}; leave it out"
+            )
         fixed = name.startswith(("model.", "adapter.")) or name in ("method", "modules", "compat")
         if fixed and theirs[name] != ours.get(name) and not PLACES.fullmatch(name):
             raise ValueError(
@@ -170,6 +175,10 @@ PLACES = re.compile(
     r"cache|model\.(vision|language)|tasks\.\w+\.(root|images|answers)"
     r"|training\.(output_dir|disable_tqdm|report_to|logging_steps|dataloader_num_workers)"
 )
+
+
+# What the classes of a classifier are made from, which stay those of training.
+CLASSES = re.compile(r"tasks\.\w+\.(answers|answers_from|least)")
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
