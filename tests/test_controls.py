@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import safetensors.torch
 import torch
 from experiments import recipe, run, save_all, written
 
 from fused_route import VisualProjector
+from fused_route.training.data.samples import Samples
 from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.build import Built, build, parameters
 from fused_route.training.experiment.evaluation import evaluate
@@ -18,7 +20,7 @@ from fused_route.training.experiment.images import in_place_of
 from fused_route.training.experiment.projecting import start_projector
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.run import encode, open_data
-from fused_route.training.experiment.tasks import open_rows
+from fused_route.training.experiment.tasks import Rows, open_rows
 from fused_route.training.experiment.trainer import ExperimentTrainer
 from fused_route.training.experiment.tuning import LANGUAGE
 from fused_route.training.projector import fit_projector
@@ -48,9 +50,24 @@ class TestControls:
             assert a["text"] == b["text"] and a["references"] == b["references"]
             assert b["paths"] == c["paths"]
         assert sorted(a["paths"] for a, *_ in pairs) == sorted(b["paths"] for _, b, _ in pairs)
-        moved = sum(a["paths"] != b["paths"] for a, b, _ in pairs)
-        assert moved > len(pairs) / 2
+        assert all(a["paths"] != b["paths"] for a, b, _ in pairs)
         assert one[0]["paths"] == one[len(one)]["paths"]  # in another epoch the same
+
+    @pytest.mark.parametrize("often", [1, 4, 7, 50])
+    def test_no_text_keeps_its_image(self, often: int) -> None:
+        """However often the first of them is there; each is given once, as long as that goes."""
+        names = ["a.png"] * often + [f"{n % 3}.png" for n in range(12)]
+        rows = datasets.Dataset.from_dict({"images": [[name] for name in names]})
+        one, again = (Rows({"vqa": Samples("vqa", rows, Path(), {})}, "shuffled") for _ in "12")
+        given = one.shuffled["vqa"]
+        assert (given == again.shuffled["vqa"]).all()
+        assert all(names[place] != names[other] for place, other in enumerate(given))
+        assert (sorted(given) == list(range(len(names)))) == (often <= 12)
+
+    def test_one_image_alone_is_refused(self) -> None:
+        rows = datasets.Dataset.from_dict({"images": [["a.png"]] * 3})
+        with pytest.raises(ValueError, match=r"all 3 rows of tasks\.vqa have the same images"):
+            Rows({"vqa": Samples("vqa", rows, Path(), {})}, "shuffled")
 
     @pytest.mark.parametrize("source", ["cache", "tower"])
     @pytest.mark.parametrize("control", ["constant", "noise"])

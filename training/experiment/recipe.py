@@ -157,7 +157,7 @@ class Recipe:
             "tower": encoded in every step, which augmentation needs.
         augmentation: of training images: "none"; "crop", a random part of 80 % or more.
         control: what a text gets in place of its own image, in training and in evaluation, to see
-            what is known without it: "shuffled", that of a text of its split drawn at random;
+            what is known without it: "shuffled", another one of its split, drawn at random;
             "constant", ones; "noise", normal draws with the batch's mean and deviation of each
             feature. With "none" it gets its own.
         projector_init: how a projector of features to the layers' width starts, where there is

@@ -125,7 +125,7 @@ class Rows(Dataset[dict[str, Any]]):
         self.shuffled: dict[str, np.ndarray] = {}
         if control == "shuffled":
             draw = np.random.default_rng(SHUFFLE)
-            self.shuffled = {n: draw.permutation(len(s.rows)) for n, s in self.samples.items()}
+            self.shuffled = {n: _others(n, s, draw) for n, s in self.samples.items()}
         self.starts = [0, *accumulate(len(s.rows) for s in self.samples.values())]
 
     def __len__(self) -> int:
@@ -154,6 +154,36 @@ class Rows(Dataset[dict[str, Any]]):
             for images in samples.rows["images"]:
                 found.update((samples.path(image), None) for image in images)
         return list(found)
+
+
+def _others(name: str, samples: Samples, draw: np.random.Generator) -> np.ndarray:
+    """For each row the row whose images it gets: drawn, each once, never of the same images.
+
+    Each once as far as that goes: of images that more than half of the rows have, others are
+    taken again.
+
+    Raises:
+        ValueError: all rows have the same images.
+    """
+    keys = ["\0".join(images) for images in samples.rows["images"]]
+    _, own = np.unique(keys, return_inverse=True)
+    if own.max() == 0:
+        raise ValueError(
+            f"control='shuffled': all {len(own)} rows of tasks.{name} have the same images, there "
+            "are no others to give them"
+        )
+    found = draw.permutation(len(own))
+    for row in np.flatnonzero(own[found] == own):
+        given = own[found[row]]
+        if given != own[row]:
+            continue  # exchanged with another already
+        can = np.flatnonzero((own[found] != own[row]) & (own != given))
+        if len(can):
+            other = draw.choice(can)
+            found[[row, other]] = found[[other, row]]
+        else:
+            found[row] = draw.choice(np.flatnonzero(own != own[row]))
+    return found
 
 
 def open_rows(recipe: Recipe, split: str, role: str, names: Sequence[str] | None = None) -> Rows:
