@@ -138,7 +138,7 @@ ROWS: list[tuple[str, str, str, int, int, tuple[Any, ...]]] = [
         "20000013", ["2300000.jpg"], "What color is the shape?", "blue", ["blue"], "query")),
     ("gqa", "val-all", "train", 96, 95, (
         "20001859", ["2300253.jpg"], "Is there not a red shape in the image?", "yes", ["yes"],
-        "verify")),
+        "verify (unbalanced)")),
     ("nlvr2", "train", "train", 24, 2, (
         "train-100-1-0", pair("images/train/8", "train-100-1"),
         "The left image shows a red circle.", "false", ["false"], "")),

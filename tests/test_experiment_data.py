@@ -13,6 +13,7 @@ from fused_route.training.experiment.cutting import cut_texts
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.recipe_file import read_recipe
 from fused_route.training.experiment.run import open_data
+from fused_route.training.experiment.tasks import TASKS, open_rows
 
 pytestmark = pytest.mark.usefixtures("without_java")
 
@@ -109,3 +110,17 @@ class TestPositions:
         says = f"tasks.{name}: max_length={length + 1} and max_new_tokens=[0-9]+{beside}, but"
         with pytest.raises(ValueError, match=says):
             made(length + 1)
+
+
+class TestScores:
+    def test_unbalanced_questions_of_gqa_are_answered_and_not_counted(self, folder: Path) -> None:
+        told, _ = opened(gqa_file(folder, "balanced"))
+        rows = open_rows(told, "val-all", "evaluate").samples["gqa"]
+        table = rows.rows.to_dict()
+        balanced = set(open_rows(told, "val", "evaluate").samples["gqa"].rows["id"])
+        pairs = list(zip(table["id"], table["answer"], strict=True))
+        assert 0 < len(balanced) < len(pairs)
+        right = {key: answer if key in balanced else "wrong" for key, answer in pairs}
+        found = TASKS["gqa"].score(right, rows, told.tasks["gqa"])
+        assert found.main == 1.0 and set(found.each) == balanced
+        assert set(found.scores) == {"accuracy", "accuracy/query", "accuracy/verify"}

@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from fused_route.training.data.json_files import entries
+from fused_route.training.data.json_files import Entry, entries
 from fused_route.training.data.splits import Needed, Row, Split
 
 IMAGES = "images"
+# Behind the kind of a question that is in the files of all and not in the balanced ones: it is
+# answered, and the official accuracy does not count it.
+UNBALANCED = " (unbalanced)"
 TRAIN_ALL = tuple(f"train_all_questions/train_all_questions_{part}.json" for part in range(10))
 # name of a split: its files, and whether answers are public
 FILES = {
@@ -25,15 +28,20 @@ def _rows(root: Path, role: str, files: tuple[str, ...], answers: str) -> Iterat
         for key, question in entries(root / file):
             given = answers == "given" and "answer" in question.values
             answer = question.get("answer", str) if given else ""
-            types = question.get("types", dict) if question.values.get("types") else {}
             yield {
                 "id": key,
                 "images": [f"{question.get('imageId', str)}.jpg"],
                 "text": question.get("question", str),
                 "answer": answer,
                 "references": [answer] if given else [],
-                "kind": str(types.get("structural") or ""),
+                "kind": _kind(question),
             }
+
+
+def _kind(question: Entry) -> str:
+    types = question.get("types", dict) if question.values.get("types") else {}
+    balanced = question.values.get("isBalanced", True)
+    return str(types.get("structural") or "") + ("" if balanced else UNBALANCED)
 
 
 SPLITS = {

@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from fused_route.training.data.answers import Form, as_given
+from fused_route.training.data.gqa import UNBALANCED
 from fused_route.training.data.samples import Samples, open_samples
 from fused_route.training.experiment.recipe import Recipe, TaskRecipe
 from fused_route.training.metrics.answers import (
@@ -76,7 +77,13 @@ def _vqa(predictions: Predictions, samples: Samples, recipe: TaskRecipe) -> Scor
 
 
 def _gqa(predictions: Predictions, samples: Samples, recipe: TaskRecipe) -> Scored:
+    """Of the balanced questions, as the official accuracy; of all where none is balanced."""
     answers, kinds = _columns(samples, "answer", "kind")
+    counted = {key for key, kind in kinds.items() if not kind.endswith(UNBALANCED)} or kinds.keys()
+    predictions, answers, kinds = (
+        {key: value for key, value in of.items() if key in counted}
+        for of in (predictions, answers, kinds)
+    )
     each = each_exact(predictions, answers, recipe.normalize)
     scores = means(each, kinds)
     return Scored(scores["accuracy"], scores, each)
