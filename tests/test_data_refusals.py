@@ -346,6 +346,28 @@ class TestSkipping:
         with pytest.raises(ValueError, match=message):
             open_samples(source, "val2014", cache_dir=tmp_path / "c", broken="skip")
 
+    def test_a_caption_without_a_word_is_found_before_it_is_scored(self, tmp_path: Path) -> None:
+        source = MAKERS["coco"](tmp_path / "coco", 4)
+        instead(K, '"raw": "one red triangle."', '"raw": " .!"')(tmp_path / "coco")
+        options: dict[str, Any] = {"role": "evaluate", "cache_dir": tmp_path / "c"}
+        message = "has a caption without a word, .* of 1 of [0-9]+ rows of .*--skip-broken"
+        splits = [f"karpathy-{name}" for name in ("train", "val", "test")]
+        (split,) = [s for s in splits if self._wordless(source, s, message, options)]
+        found = open_samples(source, split, broken="skip", **options)
+        assert found.skipped == {"caption without a word": 1}
+        assert not any(" .!" in said for said in found.rows["references"])
+        trained = open_samples(source, split, cache_dir=tmp_path / "c")
+        assert " .!" in trained.rows["answer"][:]
+
+    @staticmethod
+    def _wordless(source: Source, split: str, message: str, options: dict[str, Any]) -> bool:
+        try:
+            open_samples(source, split, **options)
+        except ValueError as error:
+            assert re.search(message, str(error))
+            return True
+        return False
+
     def test_an_image_without_captions(self, tmp_path: Path) -> None:
         source = MAKERS["coco"](tmp_path / "coco", 4)
         holding(C, json.dumps({"images": [{"id": 42, "file_name": "000000000042.jpg"}]}).encode())(

@@ -1,7 +1,7 @@
 """Rows of a data set in its official layout: memory-mapped, cached, with every image there."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from fused_route.checks import one_of, whole
+from fused_route.checks import one_of, shown, whole
 from fused_route.training.data.image_files import MISSING, UNREADABLE, absence, broken_images
 from fused_route.training.data.layouts import LAYOUTS, splits_of
 from fused_route.training.data.row_cache import cached_rows, distinct, key_of
@@ -21,7 +21,8 @@ from fused_route.training.files import place
 
 # What to do about rows that cannot be used, and how images are looked at for it.
 BROKEN = {"refuse": "listed", "skip": "decoded"}
-UNANSWERED = "no answer"
+UNANSWERED, WORDLESS = "no answer", "caption without a word"
+WORD = r"[\pL\pN_]"  # in a caption that has one
 
 Mask = NDArray[np.bool_]  # (rows,)
 
@@ -78,7 +79,8 @@ def open_samples(
         cache_dir: keeps the rows for as long as the files they come from are the same, by size
             and time of change, and what was found of the images while their folders are.
         broken: "refuse" rows without image or answer, or "skip" them, and rows whose image cannot
-            be read, for which every image is read once.
+            be read, for which every image is read once. An image to evaluate that has a caption
+            without a word counts as without answer.
         limit: only so many first rows, before any is skipped.
 
     Raises:
@@ -103,6 +105,8 @@ def open_samples(
     record = Path(cache_dir, "images", f"{key_of([], key, str(folder.resolve()), broken)}.json")
     bad = broken_images(lambda: _names(rows), folder, record, BROKEN[broken])
     masks = _masks(rows, splits, bad)
+    if role == "evaluate" and LAYOUTS[source.layout].task == "caption":
+        masks[WORDLESS] = _where(rows, "references", _has_no_word)
     if broken == "refuse":
         _refuse(rows, masks, bad, (root, folder), splits)
     rows, skipped = _kept(rows, masks, what)
@@ -174,9 +178,21 @@ def _masks(
 
 def _naming(rows: datasets.Dataset, names: Sequence[str]) -> Mask:
     """Which rows name one of these images."""
+    if not names:
+        return np.zeros(len(rows), bool)
+    named = pa.array(names, pa.string())
+    return _where(rows, "images", lambda found: pc.is_in(found, value_set=named))
+
+
+def _has_no_word(captions: pa.Array) -> pa.Array:
+    return pc.invert(pc.match_substring_regex(captions, WORD))
+
+
+def _where(rows: datasets.Dataset, column: str, test: Callable[[pa.Array], pa.Array]) -> Mask:
+    """Which rows have something in a column of lists of which the test is true."""
     mask, start = np.zeros(len(rows), bool), 0
-    for chunk in rows.data.column("images").chunks if names else ():
-        hit = pc.is_in(pc.list_flatten(chunk), value_set=pa.array(names, pa.string()))
+    for chunk in rows.data.column(column).chunks:
+        hit = test(pc.list_flatten(chunk))
         mask[start + pc.list_parent_indices(chunk).filter(hit).to_numpy()] = True
         start += len(chunk)
     return mask
@@ -198,6 +214,14 @@ def _refuse(
         raise ValueError(
             f"{root} has no answer to {len(unanswered)} of {len(rows)} rows of "
             f"{'+'.join(splits)}, the first is {first}: complete its annotations, {other}"
+        )
+    (wordless,) = np.nonzero(masks.get(WORDLESS, np.zeros(0)))
+    if len(wordless):
+        first = rows[int(wordless[0])]
+        raise ValueError(
+            f"{root} has a caption without a word, which cannot be scored by, of {len(wordless)} "
+            f"of {len(rows)} rows of {'+'.join(splits)}, the first is {first['id']} "
+            f"{shown(first['references'])}: correct it, {other}"
         )
     if bad:
         fixes = {one.path: one.fixed(folder) for part in splits.values() for one in part.folders}
