@@ -327,6 +327,34 @@ class TestSkipping:
         (tmp_path / "away.png").rename(image)
         assert rows() == 8
 
+    def test_a_mended_image_comes_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In its place, which leaves the folder as it was; sound ones are not read again."""
+        source = MAKERS["nlvr2"](tmp_path / "nlvr2", 4)
+        image = tmp_path / "nlvr2" / "dev" / "dev-100-0-img1.png"
+        whole = image.read_bytes()
+        image.write_bytes(whole[:60])
+        read: list[str] = []
+
+        def rows() -> int:
+            read.clear()
+            options: dict[str, Any] = {"cache_dir": tmp_path / "c", "broken": "skip"}
+            return len(open_samples(source, "dev", **options).rows)
+
+        def counted(path: Path) -> Image.Image:
+            read.append(path.name)
+            return load_image(path)
+
+        monkeypatch.setattr(image_files, "load_image", counted)
+        assert rows() == 6 and len(read) == 8
+        assert rows() == 6 and read == []
+        image.write_bytes(whole[:70])
+        assert rows() == 6 and read == [image.name]
+        image.write_bytes(whole)
+        assert rows() == 8 and read == [image.name]
+        assert rows() == 8 and read == []
+
     def test_the_limit_comes_first(self, tmp_path: Path) -> None:
         source = MAKERS["vqav2"](tmp_path / "vqav2", 4)
         (tmp_path / "vqav2" / SECOND).unlink()

@@ -371,3 +371,14 @@ def test_broken_images_are_refused_or_skipped(
     assert run("train", file, *given, "--skip-broken") == 0
     err = capsys.readouterr().err
     assert "missing image" in err and "unreadable image" in err
+    images[2].write_bytes(b"no image")  # since they were looked at; its folder is as it was
+    given[-1] = tmp_path / "again"
+    assert run("train", file, *given, "--skip-broken") == 0
+    err = capsys.readouterr().err
+    assert "tasks.vqa: left out 4 of 72 rows: their images cannot be read any more" in err
+    scored = ["eval", tmp_path / "again", "--skip-broken", "--to", tmp_path / "to"]
+    assert run(*scored) == 0
+    for image in (data / "val2014").iterdir():
+        image.write_bytes(b"no image")
+    line = refused(capsys, *scored)
+    assert "whose images cannot be read; none is left" in line

@@ -130,15 +130,19 @@ class FeatureCache:
         held = {shard.features.dtype for shard in self._shards}
         return [name for name, dtype in DTYPES.items() if dtype in held]
 
-    def missing(self, paths: Sequence[Path]) -> list[Path]:
+    def missing(self, paths: Sequence[Path], broken: str = "refuse") -> list[Path]:
         """Those of `paths` without features, as their files are now, in their order.
+
+        Args:
+            broken: "refuse" files that cannot be read; "skip": they have no features either.
 
         Raises:
             ValueError: one of them cannot be read.
         """
+        one_of("broken", broken, BROKEN)
         digests = self._looked_at(paths)
         for digest in digests:
-            if isinstance(digest, str):
+            if isinstance(digest, str) and broken == "refuse":
                 raise ValueError(digest)
         return [p for p, digest in zip(paths, digests, strict=True) if digest not in self._rows]
 

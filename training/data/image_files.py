@@ -15,6 +15,8 @@ from fused_route.training.files import atomic_file, place
 
 MISSING, UNREADABLE = "missing image", "unreadable image"
 BATCH = 1024  # images, between two steps of the bar
+# Of broken images by name: what is wrong, with size and time of change of the file.
+Found = dict[str, tuple[str, tuple[int, int]]]
 
 
 def listed(names: Sequence[str], folder: Path) -> dict[str, str]:
@@ -76,20 +78,28 @@ def broken_images(
     Args:
         names: gives the distinct names, relative to `folder`.
         record: file of what was found, used again while the folders that hold the images are as
-            they were. An image overwritten in place does not change its folder.
+            they were; broken images that changed since are looked at again. A sound one that is
+            overwritten in place changes neither: whoever reads it finds out.
         check: one of `CHECKS`.
     """
     record.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{record}.lock"):
-        found = _recorded(record, folder)
-        if found is None:
+        known = _recorded(record, folder)
+        if known is None:
             given = names()
             # before the look, so that what changes meanwhile counts
             folders = {parent: _changed(folder / parent) for parent in set(map(_parent, given))}
-            found = CHECKS[check](given, folder)
+            found: Found = {}
+        else:
+            folders, found = known
+            given = [name for name, (_, stamp) in found.items() if _stamp(folder / name) != stamp]
+        if given:
+            bad = CHECKS[check](given, folder)
+            looked = {name: (why, _stamp(folder / name)) for name, why in bad.items()}
+            found = {name: of for name, of in found.items() if name not in given} | looked
             with atomic_file(record) as file:
                 file.write(json.dumps({"folders": folders, "broken": found}).encode())
-    return found
+    return {name: why for name, (why, _) in found.items()}
 
 
 def absence(missing: Sequence[str], folder: Path, fixes: Mapping[str, str]) -> str:
@@ -103,15 +113,28 @@ def absence(missing: Sequence[str], folder: Path, fixes: Mapping[str, str]) -> s
     return f"{folder / missing[0]} does not exist, {number} missing: {fix}"
 
 
-def _recorded(record: Path, folder: Path) -> dict[str, str] | None:
-    """What was found, None where that is not known or folders have changed."""
+def _recorded(record: Path, folder: Path) -> tuple[dict[str, int], Found] | None:
+    """(folders, what was found), None where that is not known or folders have changed."""
     try:
         held = json.loads(record.read_bytes())
-        folders, broken = dict(held["folders"]), dict(held["broken"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+        folders = dict(held["folders"])
+        broken = {
+            name: (str(why), (int(size), int(time)))
+            for name, (why, (size, time)) in held["broken"].items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # or of an earlier form
     unchanged = all(_changed(folder / name) == time for name, time in folders.items())
-    return broken if unchanged else None
+    return (folders, broken) if unchanged else None
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Size and time of change, of a file that is not there −1."""
+    try:
+        status = file.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def _changed(folder: Path) -> int:

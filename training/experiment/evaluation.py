@@ -19,7 +19,7 @@ from fused_route.training.experiment.folder import (
     write_json,
 )
 from fused_route.training.experiment.recipe import Recipe
-from fused_route.training.experiment.run import encode
+from fused_route.training.experiment.run import encode, readable
 from fused_route.training.experiment.tasks import Rows, Scored, open_rows
 from fused_route.training.experiment.trainer import ExperimentTrainer, named
 from fused_route.training.files import atomic_file
@@ -67,6 +67,7 @@ def evaluate(
     arguments = arguments_of(recipe, validated=False)
     say_cut(built.batches(), rows)
     encode(built, rows.images())
+    rows = readable(built, rows)
     trainer = ExperimentTrainer(built, arguments)
     given = trainer.answered(rows)
     judged = _judged(trainer, rows, given, split)

@@ -63,6 +63,11 @@ class Data:
         rows = [self.train] if self.validation is None else [self.train, self.validation]
         return list(dict.fromkeys(path for some in rows for path in some.images()))
 
+    def readable(self, built: Built) -> "Data":
+        """The data whose images have features, as of `readable`."""
+        rest = None if self.validation is None else readable(built, self.validation)
+        return Data(readable(built, self.train), rest, self.answers)
+
 
 def open_data(recipe: Recipe) -> Data:
     """The rows of a recipe's training and validation splits, and its answers.
@@ -123,6 +128,7 @@ def train(recipe: Recipe) -> Path:
     built = build(recipe, data.answers)
     say_cut(built.batches(), data.train)
     encode(built, data.images())
+    data = data.readable(built)
     start_projector(built, data.train.images())
     lock = alone_in(folder) if arguments.should_save else nullcontext()
     with lock:
@@ -195,6 +201,14 @@ def seed(arguments: TrainingArguments) -> None:
         enable_full_determinism(arguments.seed)
     else:
         set_seed(arguments.seed)
+
+
+def readable(built: Built, rows: Rows) -> Rows:
+    """Without those about images that encoding skipped, where broken ones are."""
+    if built.cache is None or built.recipe.broken != "skip":
+        return rows
+    lacking = built.cache.missing(rows.images(), broken="skip")
+    return rows.without(lacking) if lacking else rows
 
 
 def encode(built: Built, images: list[Path], **how: Any) -> Encoded | None:

@@ -2,8 +2,8 @@
 
 import bisect
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from fused_route.training.data.answers import Form, as_given
 from fused_route.training.data.gqa import UNBALANCED
 from fused_route.training.data.samples import Samples, open_samples
 from fused_route.training.experiment.recipe import Recipe, TaskRecipe
+from fused_route.training.files import place
 from fused_route.training.metrics.answers import (
     each_exact,
     each_nlvr2,
@@ -129,6 +130,7 @@ class Rows(Dataset[dict[str, Any]]):
 
     def __init__(self, samples: Mapping[str, Samples], control: str = "none") -> None:
         self.samples = dict(samples)
+        self.control = control
         self.shuffled: dict[str, np.ndarray] = {}
         if control == "shuffled":
             draw = np.random.default_rng(SHUFFLE)
@@ -161,6 +163,29 @@ class Rows(Dataset[dict[str, Any]]):
             for images in samples.rows["images"]:
                 found.update((samples.path(image), None) for image in images)
         return list(found)
+
+    def without(self, paths: Collection[Path]) -> "Rows":
+        """Those that are about none of these images; a line for each task says how many went.
+
+        Raises:
+            ValueError: a task that has no others.
+        """
+        gone, kept = frozenset(paths), {}
+        for name, samples in self.samples.items():
+            every = samples.rows["images"]
+            rows = [
+                row
+                for row, images in enumerate(every)
+                if not any(samples.path(image) in gone for image in images)
+            ]
+            said = f"tasks.{name}: left out {len(every) - len(rows)} of {len(every)} rows"
+            if not rows:
+                raise ValueError(f"{said}, whose images cannot be read; none is left")
+            if len(rows) < len(every) and place()[0] == 0:
+                print(f"{said}: their images cannot be read any more", file=sys.stderr)
+            all_kept = len(rows) == len(every)
+            kept[name] = samples if all_kept else replace(samples, rows=samples.rows.select(rows))
+        return Rows(kept, self.control)
 
 
 def _others(name: str, samples: Samples, draw: np.random.Generator) -> np.ndarray:
