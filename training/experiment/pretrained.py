@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -20,6 +21,7 @@ from transformers import (
 from fused_route.training.experiment.packaged import LANGUAGES, TOWERS
 from fused_route.training.towers import as_tower
 
+TOWER_SEED = 0  # of layers that a tower's files lack: the same in whatever process loads it
 LANGUAGE_CLASSES = {
     "classifier": AutoModelForSequenceClassification,
     "decoder": AutoModelForCausalLM,
@@ -31,8 +33,8 @@ def load_tower(name: str, features: str = "pooled") -> tuple[PreTrainedModel, An
     """(a vision tower, its image processor; None for a model of timm's).
 
     Of a model of images and texts, such as CLIP, the tower alone; or one of `packaged`. Pooled
-    features of a tower whose pooling layer the files lack are those of a random layer: a line on
-    standard error says so.
+    features of a tower whose pooling layer the files lack are those of a random layer, the same in
+    every process: a line on standard error says so. The caller's random state stays as it is.
 
     Raises:
         ValueError: nothing there, or no vision model.
@@ -41,16 +43,18 @@ def load_tower(name: str, features: str = "pooled") -> tuple[PreTrainedModel, An
         tower, processor = TOWERS[name]()
         return tower.requires_grad_(False).eval(), processor
     config = _loaded("model.vision", name, lambda: AutoConfig.from_pretrained(name))
-    model, told = _loaded(
-        "model.vision", name, lambda: AutoModel.from_pretrained(name, output_loading_info=True)
-    )
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(TOWER_SEED)  # torch.manual_seed sets the GPUs' too
+        model, told = _loaded(
+            "model.vision", name, lambda: AutoModel.from_pretrained(name, output_loading_info=True)
+        )
     whole = hasattr(config, "vision_config") and hasattr(model, "vision_model")
     tower = as_tower(model.vision_model if whole else model)
     pooling = [key for key in told["missing_keys"] if "pooler" in key and "text" not in key]
     if features == "pooled" and pooling:
         print(
-            f"{name} has no {pooling[0]}: its pooled features are those of a random layer; "
-            "model.features=tokens are not",
+            f"{name} has no {pooling[0]}: its pooled features are those of a random layer, drawn "
+            f"from seed {TOWER_SEED} whatever the run's; model.features=tokens are not",
             file=sys.stderr,
         )
     processor = None  # a model of timm's knows its own transform
