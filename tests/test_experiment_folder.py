@@ -1,16 +1,22 @@
 """What a run remembers of how it began, so that no command goes on with something else."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 import torch
-from experiments import run, save_all, written
+from experiments import refused, run, save_all, written
 from safetensors.torch import load_file, save_file
 
 from fused_route.training.encoders import encoder_of
+from fused_route.training.experiment.begun import rows_digest
 from fused_route.training.experiment.folder import open_run
 from fused_route.training.experiment.pretrained import load_tower
+from fused_route.training.experiment.trainer import ExperimentTrainer
 
 pytestmark = pytest.mark.usefixtures("without_java")
 
@@ -55,3 +61,185 @@ class TestTowerWithoutPooling:
         built = open_run(folder / "runs" / "roberta-lora-pooler")
         assert built.cache is not None and len(built.cache) > 0
         assert len(list((cache / "features").iterdir())) == 1
+
+
+def stopped(folder: Path, name: str, *given: object, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The recipe of a run that was interrupted behind its first checkpoint."""
+    file = written(folder, "roberta", "lora", name)
+    save = ExperimentTrainer._save_checkpoint
+
+    def save_and_stop(self: ExperimentTrainer, *args: Any) -> None:
+        save(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExperimentTrainer, "_save_checkpoint", save_and_stop)
+        assert run("train", file, "--epochs", "2", *given) == 130
+    return file
+
+
+def other_weights(model: Path, to: Path) -> Path:
+    """A copy of a model's folder with other weights of the same names and shapes."""
+    shutil.copytree(model, to)
+    weights = load_file(to / "model.safetensors")
+    changed = {k: t + 0.1 if t.is_floating_point() else t for k, t in weights.items()}
+    save_file(changed, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+class TestModels:
+    @pytest.mark.parametrize(("part", "kind"), [("vision", "vit"), ("language", "roberta")])
+    def test_other_weights_are_refused(
+        self,
+        part: str,
+        kind: str,
+        folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """Of a run that goes on and of one that is asked; the same weights elsewhere are not."""
+        model = folder / "models" / kind
+        file = stopped(folder, f"models-{part}", monkeypatch=monkeypatch)
+        other = other_weights(model, tmp_path / "other")
+        line = refused(capsys, "train", file, "--epochs", "2", f"--{part}", other)
+        assert f"model.{part}: " in line and "other weights" in line
+        moved = shutil.copytree(model, tmp_path / "moved")
+        assert run("train", file, "--epochs", "2", f"--{part}", moved) == 0
+        out = folder / "runs" / f"roberta-lora-models-{part}"
+        line = refused(capsys, "eval", out, f"--{part}", other)
+        assert f"model.{part}: " in line and "best was trained with" in line
+        assert run("eval", out, f"--{part}", model) == 0
+
+    def test_another_image_processor(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """A run does not go on with it; one that is asked with it says so."""
+        file = stopped(folder, "processor", monkeypatch=monkeypatch)
+        tower = shutil.copytree(folder / "models" / "vit", tmp_path / "tower")
+        told = json.loads((tower / "preprocessor_config.json").read_text())
+        (tower / "preprocessor_config.json").write_text(json.dumps({**told, "do_rescale": False}))
+        line = refused(capsys, "train", file, "--epochs", "2", "--vision", tower)
+        assert "image processor is another" in line
+        assert run("train", file, "--epochs", "2") == 0
+        capsys.readouterr()
+        assert run("eval", folder / "runs" / "roberta-lora-processor", "--vision", tower) == 0
+        assert "image processor is another than in training" in capsys.readouterr().err
+
+    def test_runs_without_the_record_go_on(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those of versions that kept none."""
+        file = stopped(folder, "old", monkeypatch=monkeypatch)
+        out = folder / "runs" / "roberta-lora-old"
+        (out / "begun.json").unlink()
+        for kept in out.rglob("models.json"):
+            kept.unlink()
+        other = other_weights(folder / "models" / "roberta", tmp_path / "other")
+        assert run("train", file, "--epochs", "2", "--language", other) == 0
+        for kept in out.rglob("models.json"):
+            kept.unlink()
+        assert run("eval", out) == 0
+
+
+def with_annotations(root: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    """VQAv2's training annotations with something changed."""
+    for path in root.glob("v2_mscoco_*_annotations.json"):
+        told = json.loads(path.read_text())
+        change(told["annotations"])
+        path.write_text(json.dumps(told))
+
+
+class TestRows:
+    def test_moved_data_are_the_same_and_changed_ones_not(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        file = stopped(folder, "rows", monkeypatch=monkeypatch)
+        data = folder / "data" / "vqav2"
+        moved, other = shutil.copytree(data, tmp_path / "m"), shutil.copytree(data, tmp_path / "o")
+
+        def another_answer(annotations: list[dict[str, Any]]) -> None:
+            for answer in annotations[0]["answers"]:
+                answer["answer"] = "something else"
+
+        with_annotations(other, another_answer)
+        line = refused(capsys, "train", file, "--epochs", "2", "--root", other)
+        assert "the train split of tasks.vqa has 80 rows, but not the same ones" in line
+        assert run("train", file, "--epochs", "2", "--root", moved) == 0
+
+    def test_another_number_of_rows(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        given = ["--broken", "skip"]
+        file = stopped(folder, "fewer", *given, monkeypatch=monkeypatch)
+        other = shutil.copytree(folder / "data" / "vqav2", tmp_path / "other")
+
+        def unanswered(annotations: list[dict[str, Any]]) -> None:
+            annotations[0]["answers"] = []
+
+        with_annotations(other, unanswered)
+        line = refused(capsys, "train", file, "--epochs", "2", *given, "--root", other)
+        assert "tasks.vqa has 80 rows there, 78 here" in line
+
+    @pytest.mark.parametrize("old", [False, True])
+    def test_classes_keep_their_meaning(
+        self,
+        old: bool,
+        folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """A file of answers in another order; also for runs that are older than the record."""
+        answers = ["red", "blue", "yes", "no"]
+        kept, turned = tmp_path / "kept.json", tmp_path / "turned.json"
+        kept.write_text(json.dumps(answers))
+        turned.write_text(json.dumps([*answers[:2], *reversed(answers[2:])]))
+        name = f"classes-{old}"
+        file = stopped(folder, name, "--tasks.vqa.answers", kept, monkeypatch=monkeypatch)
+        if old:
+            (folder / "runs" / f"roberta-lora-{name}" / "begun.json").unlink()
+        line = refused(capsys, "train", file, "--epochs", "2", "--tasks.vqa.answers", turned)
+        assert "class 2 is 'yes' there, 'no' here" in line
+        assert run("train", file, "--epochs", "2", "--tasks.vqa.answers", kept) == 0
+
+    def test_rows_are_known_by_their_values(self) -> None:
+        """However they are stored: cut into other parts, chosen by an index, or in another file."""
+        columns: dict[str, Any] = {
+            "id": ["1", "2", "3"],
+            "text": ["é", "", "xyz"],
+            "references": [["a", "bc"], [], ["ab", "c"]],
+        }
+        rows = datasets.Dataset.from_dict(columns)
+        again = datasets.concatenate_datasets([rows.select([0]), rows.select([1, 2])])
+        chosen = rows.select([2, 1, 0]).select([2, 1, 0])
+        assert len({rows_digest(of) for of in (rows, again, chosen)}) == 1
+        assert rows_digest(rows.select([1, 0, 2])) != rows_digest(rows)
+        other = {**columns, "references": [["ab", "c"], [], ["ab", "c"]]}
+        assert rows_digest(datasets.Dataset.from_dict(other)) != rows_digest(rows)
+
+
+def test_as_many_processes_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = stopped(folder, "processes", monkeypatch=monkeypatch)
+    path = folder / "runs" / "roberta-lora-processes" / "begun.json"
+    told = json.loads(path.read_text())
+    assert told["processes"] == 1
+    path.write_text(json.dumps({**told, "processes": 2}))
+    line = refused(capsys, "train", file, "--epochs", "2")
+    assert "was begun by 2 processes, and this is one of 1" in line
+    path.write_text("[]")
+    assert "begun.json holds no mapping" in refused(capsys, "train", file, "--epochs", "2")

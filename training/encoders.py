@@ -37,11 +37,13 @@ class Encoder:
         key: digest of all that features depend on, besides the image; names their cache.
         preprocess: an RGB image to the encoder's input (3, H, W); sent to worker processes.
         encode: inputs (B, 3, H, W) to features (B, Nv, width), on the encoder's device.
+        weights: digest of its weights alone, which no version of a library changes.
     """
 
     key: str
     preprocess: Callable[[Image.Image], Tensor]
     encode: Callable[[Tensor], Tensor]
+    weights: str = ""
 
 
 def encoder_of(tower: "PreTrainedModel", processor: Any, features: str) -> Encoder:
@@ -75,10 +77,11 @@ def encoder_of(tower: "PreTrainedModel", processor: Any, features: str) -> Encod
             "processor must be an image processor of transformers, such as "
             f"AutoImageProcessor.from_pretrained makes, got {shown(processor)}"
         )
+    weights = weights_digest(tower.state_dict())
     identity = {
         "tower": _class_of(tower),
         "config": _lasting(tower.config.to_dict()),
-        "weights": weights_digest(tower.state_dict()),
+        "weights": weights,
         "processor": None if processor is None else _class_of(processor),
         "preprocessing": _lasting(preprocessing),
         "features": features,
@@ -86,7 +89,7 @@ def encoder_of(tower: "PreTrainedModel", processor: Any, features: str) -> Encod
     }
     text = json.dumps(identity, sort_keys=True, default=str)
     key = hashlib.sha256(text.encode()).hexdigest()
-    return Encoder(key, preprocess, partial(_encoded, tower, features))
+    return Encoder(key, preprocess, partial(_encoded, tower, features), weights)
 
 
 def weights_digest(state: dict[str, Any]) -> str:

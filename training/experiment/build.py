@@ -16,7 +16,11 @@ from fused_route.training.experiment.batches import Batches
 from fused_route.training.experiment.compat import draw_published, embed_twice, published
 from fused_route.training.experiment.head import put_head
 from fused_route.training.experiment.images import CachedImages, PixelImages
-from fused_route.training.experiment.pretrained import load_language, load_tower
+from fused_route.training.experiment.pretrained import (
+    load_language,
+    load_tower,
+    loaded_digest,
+)
 from fused_route.training.experiment.recipe import Recipe, TaskRecipe
 from fused_route.training.experiment.tasks import TASKS
 from fused_route.training.experiment.tuning import Tuned, tune
@@ -38,6 +42,8 @@ class Built:
             it runs in every step.
         cache: features of images, or None where the tower runs in every step.
         answers: of a classifier, by number.
+        models: digests of what is frozen: weights of the tower ("vision") and of the language
+            model ("language"), and all that the tower's features depend on ("preprocessing").
     """
 
     recipe: Recipe
@@ -48,6 +54,7 @@ class Built:
     encoder: Encoder
     cache: FeatureCache | None
     answers: tuple[str, ...]
+    models: dict[str, str]
 
     def batches(self, *, augmentation: str = "none") -> Batches:
         """What makes batches for the model."""
@@ -81,7 +88,9 @@ def build(recipe: Recipe, answers: Sequence[str] = ()) -> Built:
     if told.kind == "classifier" and len(answers) < 2:
         raise ValueError(f"answers: a classifier chooses among two or more, got {len(answers)}")
     tower, processor = load_tower(told.vision, told.features)
+    encoder = encoder_of(tower, processor, told.features)  # known as it was before it was built in
     language, tokenizer, new = load_language(told.language, told.kind, len(answers) or None)
+    language_weights = loaded_digest(language, new)  # before anything of it changes
     cached = recipe.features_from == "cache"
     model = _model(recipe, tower, language, len(answers))
     tuned = tune(
@@ -96,9 +105,9 @@ def build(recipe: Recipe, answers: Sequence[str] = ()) -> Built:
     )
     if recipe.compat == "eccv24":
         draw_published(model)
-    encoder = encoder_of(tower, processor, told.features)
     cache = FeatureCache(Path(recipe.cache) / "features", encoder.key) if cached else None
-    made = Built(recipe, model, tuned, tokenizer, tower, encoder, cache, tuple(answers))
+    models = {"vision": encoder.weights, "preprocessing": encoder.key, "language": language_weights}
+    made = Built(recipe, model, tuned, tokenizer, tower, encoder, cache, tuple(answers), models)
     for name, task in recipe.tasks.items():
         check_length(name, task, told.kind, language, visual_tokens(recipe, name, encoder))
         made.batches().check_room(name)

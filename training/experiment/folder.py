@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from fused_route.checks import shown
 from fused_route.training.data.answers import read_vocabulary, write_vocabulary
+from fused_route.training.experiment.begun import PARTS, read_json, refuse_other_models
 from fused_route.training.experiment.build import Built, build
 from fused_route.training.experiment.recipe import Recipe, default
 from fused_route.training.experiment.recipe_file import read_recipe
@@ -22,6 +24,7 @@ from fused_route.training.experiment.yaml_file import read_tree
 from fused_route.training.files import atomic_file
 
 RECIPE, ANSWERS, COMPLETE = "recipe.yaml", "answers.json", "complete"
+MODELS = "models.json"  # digests of the frozen models that an adapter belongs to
 LAST, BEST = "last", "best"
 LOCK = ".lock"
 
@@ -31,6 +34,7 @@ def save(built: Built, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     built.tuned.save(folder)
     write_recipe(built.recipe, folder)
+    write_json(folder / MODELS, built.models)
     if built.answers:
         write_vocabulary(folder / ANSWERS, list(built.answers))
 
@@ -106,9 +110,23 @@ def open_run(
         raise ValueError(f"{folder / ANSWERS} is missing: what the classes mean is in it")
     answers = read_vocabulary(folder / ANSWERS) if (folder / ANSWERS).is_file() else []
     built = build(recipe, answers)
+    _refuse_other_models(folder, built)
     built.tuned.load(folder)
     built.model.eval()
     return built
+
+
+def _refuse_other_models(folder: Path, built: Built) -> None:
+    """ValueError where weights are others than those that an adapter was trained with.
+
+    Of another configuration or image processor, which a version of a library may change too, a
+    line on standard error says.
+    """
+    theirs, ours = dict(read_json(folder / MODELS)), built.models
+    preprocessing = theirs.pop("preprocessing", ours["preprocessing"])
+    refuse_other_models(folder, theirs, ours)
+    if preprocessing != ours["preprocessing"]:
+        print(f"{folder}: {PARTS['preprocessing']} than in training", file=sys.stderr)
 
 
 def _refuse_other_function(trained: Recipe, told: Recipe) -> None:

@@ -1,7 +1,7 @@
 """The frozen models of a recipe, with what prepares their inputs, from directories or the hub."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fused_route.training.encoders import weights_digest
 from fused_route.training.experiment.packaged import LANGUAGES, TOWERS
 from fused_route.training.towers import as_tower
 
@@ -99,9 +100,19 @@ def load_language(
     if language.config.pad_token_id is None:
         language.config.pad_token_id = tokenizer.pad_token_id
     lacking = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
-    prefix = f"{language.base_model_prefix}."
-    new = dict.fromkeys(key.removeprefix(prefix).partition(".")[0] for key in lacking)
+    new = dict.fromkeys(_part_of(language, key) for key in lacking)
     return language, tokenizer, tuple(new)
+
+
+def loaded_digest(language: PreTrainedModel, new: Collection[str]) -> str:
+    """Digest of a language model's weights without its modules that the files lack."""
+    state = language.state_dict()
+    return weights_digest({k: t for k, t in state.items() if _part_of(language, k) not in new})
+
+
+def _part_of(language: PreTrainedModel, key: str) -> str:
+    """The module that a weight belongs to, such as "classifier" or "encoder"."""
+    return key.removeprefix(f"{language.base_model_prefix}.").partition(".")[0]
 
 
 def _loaded(argument: str, name: str, load: Callable[[], Any]) -> Any:

@@ -19,9 +19,16 @@ from transformers import (
 from fused_route.training.data.answers import read_vocabulary, vocabulary
 from fused_route.training.data.layouts import LAYOUTS, splits_of
 from fused_route.training.experiment.arguments import arguments_of
+from fused_route.training.experiment.begun import (
+    BEGUN,
+    begun,
+    refuse_other,
+    refuse_other_answers,
+)
 from fused_route.training.experiment.build import Built, build, parameters
 from fused_route.training.experiment.cutting import say_cut
 from fused_route.training.experiment.folder import (
+    ANSWERS,
     BEST,
     LAST,
     alone_in,
@@ -108,9 +115,10 @@ def answers_of(recipe: Recipe, train: Rows) -> tuple[str, ...]:
 def train(recipe: Recipe) -> Path:
     """Trains a recipe, or goes on where a run of it stopped; returns the folder of the run.
 
-    In the folder: recipe.yaml; checkpoints; best/ (by the validation splits, if there are any)
-    and last/, each an adapter with all that `fused-route eval` and `predict` need; history.json,
-    what was logged along the way; scores.json, the last to be written; TensorBoard's files.
+    In the folder: recipe.yaml; begun.json, what it goes on with; checkpoints; best/ (by the
+    validation splits, if there are any) and last/, each an adapter with all that `fused-route eval`
+    and `predict` need; history.json, what was logged along the way; scores.json, the last to be
+    written; TensorBoard's files.
 
     Raises:
         ValueError: data, models or settings that cannot be used, or a folder with another run.
@@ -127,11 +135,18 @@ def train(recipe: Recipe) -> Path:
     data = open_data(recipe)
     built = build(recipe, data.answers)
     say_cut(built.batches(), data.train)
+    beginning = begun(built.models, data.train, data.validation, arguments.world_size)
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        refuse_other(folder, beginning)
+        refuse_other_answers(folder, checkpoint / ANSWERS, data.answers)
     encode(built, data.images())
     data = data.readable(built)
     start_projector(built, data.train.images())
     lock = alone_in(folder) if arguments.should_save else nullcontext()
     with lock:
+        if arguments.should_save and last_checkpoint(folder) is None:
+            write_json(folder / BEGUN, beginning)
         _run(recipe, arguments, data, built, folder)
     return folder
 
