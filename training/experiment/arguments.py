@@ -11,7 +11,9 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from fused_route.training.data.layouts import LAYOUTS
 from fused_route.training.experiment.recipe import Recipe
+from fused_route.training.experiment.tasks import TASKS
 from fused_route.training.experiment.yaml_file import near
 
 # Least values of numbers that TrainingArguments takes any of.
@@ -39,6 +41,12 @@ OTHERWISE = {
     "metric_for_best_model": "set select to score or loss",
     "greater_is_better": "set select to score or loss",
 }
+# What would be taken and not done, or make a run that cannot go on, where it is turned on.
+NOT_DONE = {
+    "save_only_model": "a run could not go on from such checkpoints",
+    "dataloader_drop_last": "every row is trained on, the last batch is smaller",
+    "auto_find_batch_size": "set per_device_train_batch_size and gradient_accumulation_steps",
+}
 
 
 @cache
@@ -62,6 +70,8 @@ def checked(training: Mapping[str, Any], kind: str) -> dict[str, Any]:
             )
         if name in OTHERWISE:
             raise ValueError(f"training.{name}: {OTHERWISE[name]}; leave it out")
+        if name in NOT_DONE and value:
+            raise ValueError(f"training.{name}={value!r}: {NOT_DONE[name]}; leave it out")
         if name in STRATEGIES and value is False:  # what YAML reads in "no"
             found[name] = "no"
             continue
@@ -85,15 +95,16 @@ def arguments_of(recipe: Recipe, *, validated: bool) -> TrainingArguments:
     bf16 where a GPU has it, TensorBoard, the best and the last checkpoint.
 
     Raises:
-        ValueError: what TrainingArguments refuses.
+        ValueError: what TrainingArguments refuses, or what nothing would come of.
     """
+    _refuse_smoothing(recipe)
     on_gpu = torch.cuda.is_available()
     given = checked(recipe.training, recipe.model.kind)
     defaults: dict[str, Any] = {
         "report_to": ["tensorboard"],
         "remove_unused_columns": False,
         "logging_steps": 50,
-        "save_strategy": given.get("eval_strategy", "epoch") if validated else "epoch",
+        "save_strategy": _saved(given.get("eval_strategy") if validated else None),
         "save_total_limit": 2,
         "disable_tqdm": False,
         "restore_callback_states_from_checkpoint": True,
@@ -111,6 +122,12 @@ def arguments_of(recipe: Recipe, *, validated: bool) -> TrainingArguments:
         told.setdefault("load_best_model_at_end", chosen)
         told["metric_for_best_model"] = f"eval_{recipe.select}"
         told["greater_is_better"] = recipe.select == "score"
+        if recipe.patience is not None and not chosen:
+            raise ValueError(
+                f"patience={recipe.patience} counts evaluations of what is saved: neither "
+                f"training.eval_strategy={told['eval_strategy']!r} nor "
+                f"training.save_strategy={told['save_strategy']!r} may be 'no'"
+            )
     try:
         arguments = TrainingArguments(**told)
         for tracker in get_reporting_integration_callbacks(arguments.report_to):
@@ -118,6 +135,24 @@ def arguments_of(recipe: Recipe, *, validated: bool) -> TrainingArguments:
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ValueError(f"training: {' '.join(str(error).split())}") from None
     return arguments
+
+
+def _saved(eval_strategy: str | None) -> str:
+    """When checkpoints are written where a recipe does not say: with the evaluations, if any."""
+    return "epoch" if eval_strategy in (None, "no") else eval_strategy
+
+
+def _refuse_smoothing(recipe: Recipe) -> None:
+    """ValueError where label smoothing would not reach a loss: that of answers with weights."""
+    factor = recipe.training.get("label_smoothing_factor")
+    if not factor or recipe.compat == "eccv24":
+        return
+    for name, task in recipe.tasks.items():
+        if TASKS[LAYOUTS[task.layout].task].targets == "sampled":
+            raise ValueError(
+                f"training.label_smoothing_factor={factor} has no meaning for tasks.{name}, whose "
+                "answers are drawn and weighted by how many people gave them; leave it out"
+            )
 
 
 def _check(name: str, value: Any, hint: Any) -> None:

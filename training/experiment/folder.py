@@ -191,7 +191,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 # Settings that may differ when a run goes on: where things are, and what is shown.
 PLACES = re.compile(
     r"cache|model\.(vision|language)|tasks\.\w+\.(root|images|answers)"
-    r"|training\.(output_dir|disable_tqdm|report_to|logging_steps|dataloader_num_workers)"
+    r"|training\.(output_dir|disable_tqdm|report_to|logging_steps|dataloader_num_workers"
+    r"|dataloader_prefetch_factor)"
 )
 
 

@@ -80,6 +80,7 @@ class ExperimentTrainer(Trainer):
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
         )
 
     def training_step(
