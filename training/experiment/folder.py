@@ -243,7 +243,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint that was written to its end, or None."""
-    return max(_complete(folder), key=_step, default=None)
+    return max(_complete(folder), key=step_of, default=None)
 
 
 def keep_checkpoints(folder: Path, limit: int | None, best: str | None) -> None:
@@ -251,7 +251,7 @@ def keep_checkpoints(folder: Path, limit: int | None, best: str | None) -> None:
 
     What is being taken away counts as incomplete first: a run that is killed meanwhile passes it.
     """
-    complete = sorted(_complete(folder), key=_step)
+    complete = sorted(_complete(folder), key=step_of)
     kept = {path.name for path in (complete if limit is None else complete[-limit:])} | {best}
     for path in complete:
         if path.name not in kept:
@@ -275,5 +275,6 @@ def _is_whole(checkpoint: Path) -> bool:
     return all(path.stat().st_size for path in files)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """Steps that a checkpoint has behind it."""
     return int(checkpoint.name.removeprefix("checkpoint-"))

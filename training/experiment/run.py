@@ -35,6 +35,7 @@ from fused_route.training.experiment.folder import (
     anchored,
     check_folder,
     last_checkpoint,
+    step_of,
     write_json,
     write_recipe,
 )
@@ -189,8 +190,9 @@ def _finish(trainer: ExperimentTrainer, folder: Path, metrics: dict[str, float])
         ValueError: weights that are not finite.
     """
     refuse_not_finite(trainer.built.model)
-    chosen = trainer.state.best_model_checkpoint is not None
-    step = trainer.state.best_global_step if chosen else trainer.state.global_step
+    state, best = trainer.state, trainer.state.best_model_checkpoint
+    chosen = best is not None and trainer.args.load_best_model_at_end
+    step = step_of(Path(best)) if chosen else state.global_step  # of the weights that are there
     logged = [log for log in trainer.state.log_history if log["step"] == step]
     metrics_of = {name: value for log in logged for name, value in log.items()}
     scores = {

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from fused_route.training.data.layouts import LAYOUTS
 from fused_route.training.experiment.batches import IGNORED, Batches
@@ -219,6 +220,11 @@ class ExperimentTrainer(Trainer):
             (folder / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
             best = self.state.best_model_checkpoint
             keep_checkpoints(folder, limit, None if best is None else Path(best).name)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """transformers' own, among steps that are saved: what is gone cannot be the best."""
+        saved = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
+        return bool(saved and super()._determine_best_metric(metrics, trial))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with gathered(self.model):
