@@ -1,5 +1,6 @@
 """Runs that are killed and go on, and runs of two processes: equal to one that was left alone."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from experiments import save_all, written
+from experiments import refused, save_all, written
 from model_folders import save_language
 from safetensors.torch import load_file
 
@@ -186,3 +187,85 @@ def test_two_processes_equal_one(language: str, given: list[str], folder: Path) 
     scores = [yaml.safe_load((run / "scores.json").read_text()) for run in (alone, together)]
     assert scores[0]["validation"] == scores[1]["validation"]
     assert done.stdout.count("next: fused-route eval") == 1  # rank 0 alone prints
+
+
+def test_the_training_loss_is_of_every_step(folder: Path) -> None:
+    """Between lines of the log, behind the last one, and in front of a resume."""
+    found = []
+    for name, steps in (("each", 1), ("few", 4), ("resumed", 4), ("older", 1)):
+        path, out = file(folder, "roberta", f"loss-{name}", logging_steps=steps, save_steps=3)
+        given = ["--steps", "7", "--eval_steps", "3"]
+        if name in ("resumed", "older"):
+            with pytest.MonkeyPatch.context() as patch:
+                stop_at(patch, 3)
+                assert cli.main(["train", str(path), *given]) == 130
+        if name == "older":
+            (out / "checkpoint-3" / "losses.json").unlink()
+        assert cli.main(["train", str(path), *given]) == 0
+        found.append(json.loads((out / "scores.json").read_text())["training"]["train_loss"])
+        log = json.loads((out / "history.json").read_text())["log"]
+        if name == "each":
+            losses = [line["loss"] for line in log if "loss" in line]
+            assert len(losses) == 7 and len(set(losses)) > 1
+            expected = sum(losses) / 7
+    assert found == pytest.approx([expected] * 4, rel=1e-5)
+
+
+def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Interrupts a run behind the checkpoint of a step."""
+    save = ExperimentTrainer._save_checkpoint
+
+    def save_and_stop(self: ExperimentTrainer, *args: Any) -> None:
+        save(self, *args)
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+
+    patch.setattr(ExperimentTrainer, "_save_checkpoint", save_and_stop)
+
+
+FULL = {
+    "torch": RuntimeError(
+        "[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file "
+        "data/0: file write failed\nException raised from write (a.cpp:1):\nframe #0: x"
+    ),
+    "system": OSError(28, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_a_full_disk_is_one_line(
+    kind: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the same command goes on from the last whole checkpoint, to the same end."""
+    whole, left_alone = file(folder, "roberta", f"room-{kind}")
+    assert cli.main(["train", str(whole)]) == 0
+    path, out = file(folder, "roberta", f"full-{kind}")
+    with pytest.MonkeyPatch.context() as patch:
+        save = torch.save
+
+        def full(value: Any, to: Any, *args: Any, **kwargs: Any) -> None:
+            if "checkpoint-10" in str(to):
+                Path(to).write_bytes(b"half")
+                raise FULL[kind]
+            save(value, to, *args, **kwargs)
+
+        patch.setattr(torch, "save", full)
+        line = refused(capsys, "train", path)
+    assert "checkpoint-10 could not be written, the disk may be full" in line
+    assert "frame #0" not in line
+    before = last_checkpoint(out)
+    assert before is not None and before.name == "checkpoint-5"
+    assert cli.main(["train", str(path)]) == 0
+    assert_equal(left_alone / "last", out / "last")
+
+
+def test_other_errors_of_a_checkpoint_are_not_called_a_full_disk(folder: Path) -> None:
+    path, _ = file(folder, "roberta", "error")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fails(*_: Any, **__: Any) -> None:
+            raise RuntimeError("something else")
+
+        patch.setattr(torch, "save", fails)
+        with pytest.raises(RuntimeError, match="something else"):
+            cli.main(["train", str(path)])

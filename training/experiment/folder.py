@@ -25,6 +25,7 @@ from fused_route.training.files import atomic_file
 
 RECIPE, ANSWERS, COMPLETE = "recipe.yaml", "answers.json", "complete"
 MODELS = "models.json"  # digests of the frozen models that an adapter belongs to
+LOSSES = "losses.json"  # of a checkpoint: the sum of the steps' losses so far, and their number
 LAST, BEST = "last", "best"
 LOCK = ".lock"
 
@@ -257,6 +258,24 @@ def keep_checkpoints(folder: Path, limit: int | None, best: str | None) -> None:
         if path.name not in kept:
             (path / COMPLETE).unlink()
             shutil.rmtree(path)
+
+
+def losses_before(checkpoint: Path | None) -> tuple[float, int]:
+    """(sum of losses in front of a checkpoint, number of its steps that have none there).
+
+    Of checkpoints that are older than the record: of the steps whose losses were logged.
+    """
+    if checkpoint is None:
+        return 0.0, 0
+    if (checkpoint / LOSSES).is_file():
+        total, steps = json.loads((checkpoint / LOSSES).read_text(encoding="utf-8"))
+        return float(total), step_of(checkpoint) - int(steps)
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    total, last = 0.0, 0
+    for line in state["log_history"]:
+        if "loss" in line:
+            total, last = total + line["loss"] * (line["step"] - last), line["step"]
+    return total, step_of(checkpoint) - last
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -35,6 +35,7 @@ from fused_route.training.experiment.folder import (
     anchored,
     check_folder,
     last_checkpoint,
+    losses_before,
     step_of,
     write_json,
     write_recipe,
@@ -161,6 +162,7 @@ def _run(
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None and arguments.should_save:
         print(f"resuming from {checkpoint}", file=sys.stderr)
+    trainer.before = losses_before(checkpoint)
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     resumed = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
     if arguments.should_save:
@@ -200,9 +202,8 @@ def _finish(trainer: ExperimentTrainer, folder: Path, metrics: dict[str, float])
         for name, value in metrics_of.items()
         if name.startswith("eval_") and name != "eval_runtime"
     }
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    if losses:  # of all steps: the Trainer's own forgets those before a resume
-        metrics = {**metrics, "train_loss": sum(losses) / len(losses)}
+    total, steps = trainer.summed()  # of all: the Trainer's own forgets those before a resume
+    metrics = {**metrics, "train_loss": total / max(steps, 1)}
     trainer.save_model(str(folder / (BEST if chosen else LAST)))
     if trainer.args.should_save:
         write_json(folder / SCORES, {"validation": scores, "training": metrics})

@@ -1,6 +1,7 @@
 """transformers' Trainer on an experiment: batches of one task, adapters saved, answers scored."""
 
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from itertools import cycle, islice, repeat
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -20,10 +22,25 @@ from fused_route.training.data.layouts import LAYOUTS
 from fused_route.training.experiment.batches import IGNORED, Batches
 from fused_route.training.experiment.build import Built
 from fused_route.training.experiment.decoding import Asking, Questions, answers, token_losses
-from fused_route.training.experiment.folder import COMPLETE, LAST, keep_checkpoints, save
+from fused_route.training.experiment.folder import (
+    COMPLETE,
+    LAST,
+    LOSSES,
+    keep_checkpoints,
+    save,
+    write_json,
+)
 from fused_route.training.experiment.sampling import TaskBatches, in_order
 from fused_route.training.experiment.sharded import gathered
 from fused_route.training.experiment.tasks import TASKS, Rows, Scored
+
+# What torch says when it cannot write a file's end or middle: its own kind of error is no OSError.
+WRITER = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos|file write failed")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without its line ends, and without the stack that torch's bring along."""
+    return " ".join(str(error).split("\nException raised from")[0].split())
 
 
 class ExperimentTrainer(Trainer):
@@ -47,6 +64,8 @@ class ExperimentTrainer(Trainer):
     ) -> None:
         self.built = built
         self.rows = train
+        self.losses = torch.zeros(1, device=arguments.device)  # summed over this process's steps
+        self.before = (0.0, 0)  # of a checkpoint that is gone on from, see `losses_before`
         self.asking: Batches = built.batches()
         augmented = built.batches(augmentation=built.recipe.augmentation)
         super().__init__(
@@ -90,7 +109,14 @@ class ExperimentTrainer(Trainer):
         """transformers' own, with the modules of the batch's task."""
         self.built.tuned.use(inputs.pop("name"))
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self.losses += loss.detach()
         return loss
+
+    def summed(self) -> tuple[float, int]:
+        """(sum of losses, mean over processes, number of steps), of all steps that have one."""
+        before, lacking = self.before
+        here = float(self.accelerator.gather(self.losses).mean())
+        return before + here, self.state.global_step - lacking
 
     def compute_loss(
         self,
@@ -211,13 +237,23 @@ class ExperimentTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """transformers' own, older checkpoints taken away when this one is complete, not before."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self.args.output_dir)
+        here, losses = folder / f"checkpoint-{self.state.global_step}", self.summed()
         try:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                write_json(here / LOSSES, losses)
+                (here / COMPLETE).touch()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and not WRITER.search(str(error)):
+                raise
+            raise ValueError(
+                f"{here} could not be written, the disk may be full ({one_line(error)}): make "
+                "room, then the same command goes on from the checkpoint before"
+            ) from None
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            folder = Path(self.args.output_dir)
-            (folder / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
             best = self.state.best_model_checkpoint
             keep_checkpoints(folder, limit, None if best is None else Path(best).name)
 
