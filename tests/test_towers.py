@@ -38,6 +38,19 @@ def test_a_tower_keeps_its_weights(tower: str) -> None:
     assert all(torch.equal(tensor, after[name]) for name, tensor in kept.items())
 
 
+@pytest.mark.parametrize("kind", LANGUAGE)
+def test_a_language_model_keeps_what_was_put_into_it(kind: str) -> None:
+    language: Any = LANGUAGE[kind]()
+    for name, module in list(language.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":  # which is tied
+            mine = torch.nn.Linear(module.in_features, module.out_features)
+            language.set_submodule(name, mine)
+    before = {name: tensor.clone() for name, tensor in language.state_dict().items()}
+    whole = VisionLanguageModel.from_parts(None, language, visual_width=8)
+    after = whole.language.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
 @pytest.mark.parametrize("features", ["pooled", "tokens"])
 @pytest.mark.parametrize("tower", TOWERS)
 def test_towers(tower: str, features: str, tmp_path: Path) -> None:

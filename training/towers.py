@@ -61,8 +61,6 @@ def wrap_timm(model: nn.Module, **model_args: Any) -> PreTrainedModel:
     config = TimmWrapperConfig(architecture=name, model_args=model_args, num_labels=0)
     tower = TimmWrapperModel(config)
     tower.timm_model = model
-    for module in model.modules():  # else a model that takes the tower in draws its weights anew
-        module._is_hf_initialized = True  # type: ignore[assignment]
     return tower
 
 

@@ -63,6 +63,9 @@ class VisionLanguageModel(Generating, PreTrainedModel, GenerationMixin):
         language: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
+        for part in filter(None, (vision, language)):
+            for module in part.modules():  # else `post_init` draws what others put there anew
+                module._is_hf_initialized = True
         self.context = RoutingContext()
         self.language = _made_language(config) if language is None else language
         self.vision = vision

@@ -58,4 +58,6 @@ def put_head(language: PreTrainedModel, answers: int, pooler: str) -> None:
             "of all tokens, as RoBERTa's; take 'native'"
         )
     width = int(language.config.hidden_size)
-    language.classifier = AnswerHead(width, answers, pooler)
+    head = AnswerHead(width, answers, pooler)
+    head.layers.apply(language._init_weights)  # as its own head's layers start
+    language.classifier = head
