@@ -371,9 +371,9 @@ def main(arguments: Namespace) -> int:
                 said = row.error or f"{number(row.rates()[0])} tokens/s"
                 print(f"{task.name}, {WAYS[row.way]}: {said}", flush=True)
         left = [other.name for other, _ in todo[i:]]
-        found = {"seconds": arguments.seconds, "rows": [asdict(row) for row in rows.values()]}
-        found |= {"what": "greedy generation", "environment": where, "left": left}
-        write_whole(found, out)
+        found = [asdict(row) for row in rows.values()]
+        about = {"what": "greedy generation", "environment": where, "left": left}
+        write_whole({**about, "rows": found}, out)
         if is_lost(device) or time.monotonic() > until:
             break
     print(f"\n{document([*rows.values()])}\n")

@@ -28,7 +28,7 @@ cd "$(dirname "$0")/.."
 
 part=${1:-all}
 parts="tests ops peers autotune long models steps memory generate profile sanitize all"
-[[ " $parts " == *" $part "* ]] || {
+[[ $part != *" "* && " $parts " == *" $part "* ]] || {
     echo "bench/gpu.sh: part must be one of $parts; got '$part'" >&2; exit 2
 }
 

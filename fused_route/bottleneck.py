@@ -110,7 +110,8 @@ class Routed:
             return False
         if not is_plain(self) or made.state != state_of(self, given.x_r):
             return False
-        # A graph that reads an x_v from before it would not see another image at its replay.
+        # A graph that reads an x_v from before it would not see another image at its replay. One
+        # x_v in two captures is not told apart: the context is set in each.
         if made.x_v.dtype != product_dtype(x_h) or made.is_captured != is_captured(made.x_v):
             return False
         if not torch.is_grad_enabled():

@@ -84,9 +84,9 @@ def unit(operand: Operand, first: str = "none") -> Operand:
     if operand.mix == "identity":
         return operand
     g = gain(operand, first)
-    is_image = g > FLOOR
-    factor = torch.where(is_image, torch.where(is_image, g, 1.0).rsqrt(), 0.0)
-    factor = torch.where(g == math.inf, math.nan, factor)  # too large an image is no missing one
+    g = torch.add(g, g, alpha=0.0)  # infinity becomes NaN: too large an image is no missing one
+    is_black = g <= FLOOR
+    factor = torch.where(is_black, 0.0, torch.where(is_black, 1.0, g).rsqrt())
     *rest, last = operand.tensors
     return Operand(operand.mix, (*rest, (last * factor).to(last.dtype)))
 

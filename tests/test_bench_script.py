@@ -147,6 +147,7 @@ def test_a_part_that_is_stopped_failed(number: signal.Signals, code: int, tmp_pa
     assert stopped.exists()  # nothing of it runs on
 
 
-def test_a_part_that_is_none() -> None:
-    done = subprocess.run([*SCRIPT, "all at once"], capture_output=True, text=True)
+@pytest.mark.parametrize("part", ["all at once", "ops peers", " "])
+def test_a_part_that_is_none(part: str) -> None:
+    done = subprocess.run([*SCRIPT, part], capture_output=True, text=True)
     assert done.returncode == 2 and "part must be one of tests ops peers" in done.stderr

@@ -262,6 +262,21 @@ class TestOnSeveralGpus:
         with context.using(torch.randn(2, D)):
             assert routed_with(layers[1]).x_r.shape == (2, 1, D)
 
+    def test_an_image_that_changes_is_copied_again(self) -> None:
+        found = layer().to("meta")
+        with torch.no_grad(), found.context.using(image := torch.randn(2, D)):
+            before = routed_with(found)
+            assert routed_with(found) is before
+            image.add_(1.0)  # a static buffer, or a parameter that is stepped
+            assert routed_with(found) is not before
+
+    def test_what_a_transform_made_is_not_kept(self) -> None:
+        found, image = layer().to("meta"), torch.randn(2, D)
+        with found.context.using(image):
+            torch.func.grad(lambda x: (routed_with(found), x.sum())[1])(image)
+            assert not found.context._thread.held.moved
+            assert routed_with(found).x_r.device.type == "meta"
+
     def test_a_checkpointed_block_makes_its_own_copy(self) -> None:
         context, found = RoutingContext(), layer().to("meta")
         found.context = context

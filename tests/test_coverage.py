@@ -306,6 +306,7 @@ def test_long_packed_samples_are_not_taken_for_short_ones_of_the_same_shape() ->
         mock.patch.object(coverage, "device_obstacle", return_value=None),
         mock.patch.object(coverage, "MAX_OF_SAMPLE", 8),
         mock.patch.object(fused, "run", return_value=x_h),
+        mock.patch.object(known, "_KNOWN", {}),
     ):
         call([4, 4, 4, 4], "triton")
         with pytest.raises(ValueError, match="13 rows of one sample"):
@@ -317,6 +318,7 @@ def test_false_is_no_probability_even_where_zero_is_known() -> None:
     with (
         mock.patch.object(coverage, "device_obstacle", return_value=None),
         mock.patch.object(fused, "run", return_value=X_H),
+        mock.patch.object(known, "_KNOWN", {}),
     ):
         adapter(X_H, A, B, torch.randn(2, 8), dropout=0.0, impl="triton")
         with pytest.raises(ValueError, match="dropout must be a finite number, got False"):

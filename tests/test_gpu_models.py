@@ -120,9 +120,12 @@ def test_a_graph_captured_inside_using_sees_the_features_of_its_replay() -> None
     x_h, features = torch.randn(2, 3, 64, device=DEVICE), torch.randn(2, 64, device=DEVICE)
     other, graph = torch.randn_like(features), torch.cuda.CUDAGraph()
     with torch.no_grad():
+        attached.context.together.remove(attached.layers.values())
         with attached.using(features):
-            model(x_h)
+            model(x_h)  # loads the kernels of layers that project by themselves
             torch.cuda.synchronize()
+        with attached.using(features):
+            assert attached.context._thread.held.projected
             with torch.cuda.graph(graph):
                 y = model(x_h)
         with attached.using(other):
