@@ -1,8 +1,9 @@
 """Data sets that are not as their layouts have them: one line says what to do, or rows go."""
 
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from fused_route.training.data import image_files
 from fused_route.training.data.images import load_image
-from fused_route.training.data.samples import Source, absent, open_samples
+from fused_route.training.data.samples import BROKEN, Source, absent, open_samples
 
 Damage = Callable[[Path], None]
 
@@ -354,6 +355,36 @@ class TestSkipping:
         image.write_bytes(whole)
         assert rows() == 8 and read == [image.name]
         assert rows() == 8 and read == []
+
+    @pytest.mark.parametrize("broken", ["refuse", "skip"])
+    def test_an_image_mended_while_others_are_looked_at_comes_back(
+        self, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = MAKERS["nlvr2"](tmp_path / "nlvr2", 4)
+        image = tmp_path / "nlvr2" / "dev" / "dev-100-0-img1.png"
+        whole, check = image.read_bytes(), image_files.CHECKS[BROKEN[broken]]
+        image.unlink()
+        if broken == "skip":
+            image.write_bytes(whole[:60])
+        time = image.parent.stat().st_mtime_ns
+
+        def mended(names: Sequence[str], folder: Path) -> image_files.Found:
+            found = check(names, folder)
+            image.write_bytes(whole)
+            os.utime(image.parent, ns=(time, time))  # within a tick of its clock
+            return found
+
+        def rows() -> int:
+            options: dict[str, Any] = {"cache_dir": tmp_path / "c", "broken": broken}
+            return len(open_samples(source, "dev", **options).rows)
+
+        monkeypatch.setitem(image_files.CHECKS, BROKEN[broken], mended)
+        if broken == "skip":
+            assert rows() == 6
+        else:
+            with pytest.raises(ValueError, match="1 image is missing"):
+                rows()
+        assert rows() == 8
 
     def test_the_limit_comes_first(self, tmp_path: Path) -> None:
         source = MAKERS["vqav2"](tmp_path / "vqav2", 4)

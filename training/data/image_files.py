@@ -15,11 +15,14 @@ from fused_route.training.files import atomic_file, place
 
 MISSING, UNREADABLE = "missing image", "unreadable image"
 BATCH = 1024  # images, between two steps of the bar
-# Of broken images by name: what is wrong, with size and time of change of the file.
-Found = dict[str, tuple[str, tuple[int, int]]]
+Stamp = tuple[int, int]  # size and time of change of a file
+NOWHERE: Stamp = -1, -1  # of a file that is not there
+# Of broken images by name: what is wrong, with the file's stamp from before it was looked at, so
+# that one mended meanwhile is looked at again.
+Found = dict[str, tuple[str, Stamp]]
 
 
-def listed(names: Sequence[str], folder: Path) -> dict[str, str]:
+def listed(names: Sequence[str], folder: Path) -> Found:
     """`MISSING` for each name that is no file in the folder.
 
     Folders are listed, once each: to ask for every file takes seconds for COCO's 80,000 images,
@@ -32,10 +35,10 @@ def listed(names: Sequence[str], folder: Path) -> dict[str, str]:
     for parent, within in by_folder.items():
         there = _files(folder / parent)
         missing += [name for name in within if name.rpartition("/")[2] not in there]
-    return dict.fromkeys(missing, MISSING)
+    return dict.fromkeys(missing, (MISSING, NOWHERE))
 
 
-def decoded(names: Sequence[str], folder: Path) -> dict[str, str]:
+def decoded(names: Sequence[str], folder: Path) -> Found:
     """`MISSING` or `UNREADABLE` for each name that `load_image` cannot read.
 
     By threads: Pillow decodes without Python's lock, so that two read 640 × 480 JPEGs 1.8 times as
@@ -44,12 +47,13 @@ def decoded(names: Sequence[str], folder: Path) -> dict[str, str]:
     bad = listed(names, folder)
     there = [name for name in names if name not in bad]
 
-    def read(name: str) -> str:
+    def read(name: str) -> tuple[str, Stamp]:
+        stamp = _stamp(folder / name)
         try:
             load_image(folder / name)
         except ValueError:
-            return UNREADABLE
-        return ""
+            return UNREADABLE, stamp
+        return "", stamp
 
     silent = place()[0] != 0 or not there
     with (
@@ -58,13 +62,13 @@ def decoded(names: Sequence[str], folder: Path) -> dict[str, str]:
     ):
         for start in range(0, len(there), BATCH):
             batch = there[start : start + BATCH]
-            reasons = zip(batch, pool.map(read, batch), strict=True)
-            bad |= {name: reason for name, reason in reasons if reason}
+            looked = zip(batch, pool.map(read, batch), strict=True)
+            bad |= {name: (why, stamp) for name, (why, stamp) in looked if why}
             bar.update(len(batch))
     return bad
 
 
-CHECKS: dict[str, Callable[[Sequence[str], Path], dict[str, str]]] = {
+CHECKS: dict[str, Callable[[Sequence[str], Path], Found]] = {
     "listed": listed,
     "decoded": decoded,
 }
@@ -94,8 +98,7 @@ def broken_images(
             folders, found = known
             given = [name for name, (_, stamp) in found.items() if _stamp(folder / name) != stamp]
         if given:
-            bad = CHECKS[check](given, folder)
-            looked = {name: (why, _stamp(folder / name)) for name, why in bad.items()}
+            looked = CHECKS[check](given, folder)
             found = {name: of for name, of in found.items() if name not in given} | looked
             with atomic_file(record) as file:
                 file.write(json.dumps({"folders": folders, "broken": found}).encode())
@@ -128,12 +131,11 @@ def _recorded(record: Path, folder: Path) -> tuple[dict[str, int], Found] | None
     return (folders, broken) if unchanged else None
 
 
-def _stamp(file: Path) -> tuple[int, int]:
-    """Size and time of change, of a file that is not there −1."""
+def _stamp(file: Path) -> Stamp:
     try:
         status = file.stat()
     except OSError:
-        return -1, -1
+        return NOWHERE
     return status.st_size, status.st_mtime_ns
 
 
