@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 import torch
 from experiments import refused, run, save_all, written
 from safetensors.torch import load_file, save_file
 
+from fused_route.training.data import row_cache
 from fused_route.training.encoders import encoder_of
 from fused_route.training.experiment.begun import rows_digest
 from fused_route.training.experiment.folder import open_run
@@ -229,6 +231,32 @@ class TestRows:
         assert rows_digest(rows.select([1, 0, 2])) != rows_digest(rows)
         other = {**columns, "references": [["ab", "c"], [], ["ab", "c"]]}
         assert rows_digest(datasets.Dataset.from_dict(other)) != rows_digest(rows)
+
+    @pytest.mark.parametrize("near", [True, False])
+    def test_chosen_rows_are_gathered_at_once(
+        self, near: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those that lie near each other, over the parts of a file, without a table of each."""
+        parts = [
+            {"text": [f"{part}-{i}" * (i % 3) for i in range(40)], "references": [["a"], []] * 20}
+            for part in range(3)
+        ]
+        whole = datasets.concatenate_datasets([datasets.Dataset.from_dict(p) for p in parts])
+        chosen = [i for i in range(len(whole)) if i % 7] if near else [119, 3, 64, 64, 0, 118]
+        expected = datasets.Dataset.from_dict(whole[chosen])
+        rows, gathered = whole.select(chosen), datasets.table.Table.fast_gather
+        calls: list[Any] = []
+
+        def counted(self: Any, indices: Any) -> Any:
+            calls.append(indices)
+            return gathered(self, indices)
+
+        monkeypatch.setattr(datasets.table.Table, "fast_gather", counted)
+        monkeypatch.setattr(row_cache, "NEAR", 4)
+        assert rows_digest(rows) == rows_digest(expected) and not calls
+        made = list(row_cache.tables(rows, 5))
+        assert bool(calls) != near and {len(table) for table in made[:-1]} == {5}
+        assert pa.concat_tables(made).to_pydict() == expected.to_dict()
 
 
 def test_as_many_processes_go_on(

@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from fused_route.checks import shown
 from fused_route.training.data.answers import read_vocabulary
+from fused_route.training.data.row_cache import tables
 from fused_route.training.experiment.tasks import Rows
 
 BEGUN = "begun.json"
@@ -117,7 +118,7 @@ def refuse_other_answers(folder: Path, file: Path, answers: Sequence[str]) -> No
 def rows_digest(rows: Dataset) -> str:
     """SHA-256, in hexadecimal, of the values of rows, however they are stored."""
     digest = hashlib.sha256(f"{len(rows)} {sorted(rows.column_names)}".encode())
-    for batch in rows.with_format("arrow").iter(ROWS):
+    for batch in tables(rows, ROWS):
         for name in sorted(batch.column_names):
             _add(digest, batch.column(name).combine_chunks())
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
+from fused_route.training.data.row_cache import tables
 from fused_route.training.experiment.batches import Batches
 from fused_route.training.experiment.tasks import Rows
 from fused_route.training.files import place
@@ -38,7 +39,7 @@ def cut_texts(batches: Batches, rows: Rows) -> dict[str, int]:
         if most is None:
             continue
         short, long = most - OWN - len(batches.tasks[name].prompt.encode()), Counter[str]()
-        for batch in samples.rows.select_columns(["text"]).with_format("arrow").iter(AT_ONCE):
+        for batch in tables(samples.rows.select_columns(["text"]), AT_ONCE):
             texts = batch.column("text")
             long.update(texts.filter(pc.greater(pc.binary_length(texts), short)).to_pylist())
         for text, is_cut in zip(long, batches.cut(name, list(long)), strict=True):
