@@ -1,6 +1,8 @@
 """What an experiment makes of its data: classes, texts that are cut, images that cannot be read."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,14 @@ import pytest
 import yaml
 from experiments import refused, run, save_all, written
 
+from fused_route.training.experiment import cutting
+from fused_route.training.experiment.batches import Batches
 from fused_route.training.experiment.build import Built, build
 from fused_route.training.experiment.cutting import cut_texts
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.recipe_file import read_recipe
 from fused_route.training.experiment.run import open_data
-from fused_route.training.experiment.tasks import TASKS, open_rows
+from fused_route.training.experiment.tasks import TASKS, Rows, open_rows
 
 pytestmark = pytest.mark.usefixtures("without_java")
 
@@ -75,6 +79,26 @@ class TestCut:
         assert run(*asked, "what is this? " * 20) == 0
         assert "the run reads 9 tokens (tasks.vqa.max_length)" in capsys.readouterr().err
         assert run(*asked, "what?") == 0 and "left out" not in capsys.readouterr().err
+
+    def test_few_are_tokenised_at_once(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of rows that were chosen out of others too."""
+        told, data = opened(written(folder, "roberta", "lora", "parts"))
+        tasks = {"vqa": replace(told.tasks["vqa"], max_length=9)}
+        made = replace(build(told, data.answers).batches(), tasks=tasks)
+        samples = data.train.samples["vqa"]
+        rows = samples.rows.select([i for i in range(len(samples.rows)) if i % 4])
+        expected, lengths = sum(made.cut("vqa", rows["text"][:])), []
+
+        def counted(batches: Batches, name: str, texts: Sequence[str]) -> list[bool]:
+            lengths.append(len(texts))
+            return cut(batches, name, texts)
+
+        cut = Batches.cut
+        monkeypatch.setattr(Batches, "cut", counted)
+        monkeypatch.setattr(cutting, "AT_ONCE", 2)
+        chosen = Rows({"vqa": replace(samples, rows=rows)})
+        assert 0 < expected < len(rows) and cut_texts(made, chosen) == {"vqa": expected}
+        assert len(lengths) > 1 and max(lengths) <= 2
 
     def test_a_decoder_without_room_is_refused(
         self, folder: Path, capsys: pytest.CaptureFixture[str]

@@ -107,7 +107,7 @@ class Batches:
         prompt, decodes = self.tasks[name].prompt, self.kind == "decoder"
         made = self.tokenizer(
             [prompt + text for text in texts], add_special_tokens=not decodes, truncation=True,
-            max_length=most + 1,
+            max_length=most + 1, return_attention_mask=False, return_token_type_ids=False,
         )["input_ids"]  # fmt: skip
         return [len(self._with_start(ids) if decodes else ids) > most for ids in made]
 
