@@ -14,10 +14,12 @@ from experiments import refused, run, save_all, written
 from safetensors.torch import load_file, save_file
 
 from fused_route.training.data import row_cache
+from fused_route.training.data.samples import Samples
 from fused_route.training.encoders import encoder_of
-from fused_route.training.experiment.begun import rows_digest
+from fused_route.training.experiment.begun import begun, rows_digest
 from fused_route.training.experiment.folder import open_run
 from fused_route.training.experiment.pretrained import load_tower
+from fused_route.training.experiment.tasks import Rows
 from fused_route.training.experiment.trainer import ExperimentTrainer
 
 pytestmark = pytest.mark.usefixtures("without_java")
@@ -231,6 +233,18 @@ class TestRows:
         assert rows_digest(rows.select([1, 0, 2])) != rows_digest(rows)
         other = {**columns, "references": [["ab", "c"], [], ["ab", "c"]]}
         assert rows_digest(datasets.Dataset.from_dict(other)) != rows_digest(rows)
+
+    def test_the_kind_counts_only_where_rows_are_scored(self, tmp_path: Path) -> None:
+        row = {"id": ["1"], "text": ["is it?"], "answer": ["no"]}
+
+        def known(kind: str, **other: Any) -> Any:
+            rows = datasets.Dataset.from_dict({**row, "kind": [kind], **other})
+            samples = Rows({"gqa": Samples("gqa", rows, tmp_path, {})})
+            return begun({}, samples, samples, 1)["rows"]
+
+        first, other = known("verify"), known("query")
+        assert first["train"] == other["train"] and first["validation"] != other["validation"]
+        assert first["train"] != known("verify", answer=["yes"])["train"]
 
     @pytest.mark.parametrize("near", [True, False])
     def test_chosen_rows_are_gathered_at_once(

@@ -19,6 +19,8 @@ from fused_route.training.experiment.tasks import Rows
 
 BEGUN = "begun.json"
 ROWS = 10_000  # that are digested at a time
+# Nothing is trained on it. What rows to validate on have of it decides which of GQA's count.
+KIND = ("kind",)
 PARTS = {
     "vision": "model.vision: the vision tower has other weights",
     "language": "model.language: the language model has other weights",
@@ -36,15 +38,20 @@ def begun(
         train, validation: rows, known by their contents wherever their files lie.
         processes: that share a step, each with a batch of its own.
     """
-    rows = {"train": train} if validation is None else {"train": train, "validation": validation}
-    known = {
-        split: {
-            name: {"rows": len(samples.rows), "digest": rows_digest(samples.rows)}
-            for name, samples in of.samples.items()
-        }
-        for split, of in rows.items()
-    }
+    known = {"train": _known(train, but=KIND)}
+    if validation is not None:
+        known["validation"] = _known(validation)
     return {"models": dict(models), "rows": known, "processes": processes}
+
+
+def _known(rows: Rows, but: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """What rows are known by, of each task, without the columns `but`."""
+    known = {}
+    for name, samples in rows.samples.items():
+        columns = [column for column in samples.rows.column_names if column not in but]
+        digest = rows_digest(samples.rows.select_columns(columns))
+        known[name] = {"rows": len(samples.rows), "digest": digest}
+    return known
 
 
 def read_json(path: Path) -> dict[str, Any]:
