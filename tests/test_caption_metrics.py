@@ -15,7 +15,12 @@ from typing import Any
 
 import pytest
 
-from fused_route.training.metrics.captions import caption_scores, ptb_words, regex_words
+from fused_route.training.metrics.captions import (
+    caption_scores,
+    ptb_words,
+    regex_words,
+    wordless,
+)
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("pycocoevalcap") is None, reason="pycocoevalcap is not installed"
@@ -55,6 +60,19 @@ WORDS = {
 def test_words(cut: Callable[[list[str]], list[str]]) -> None:
     """The regular expression and the PTB tokenizer cut plain text the same."""
     assert dict(zip(WORDS, cut(list(WORDS)), strict=True)) == WORDS
+
+
+@pytest.mark.parametrize("tokenizer", ["regex", WITH_PTB])
+@needs_package
+def test_texts_without_words_are_those_that_no_score_is_of(tokenizer: str) -> None:
+    texts = ["???", "!!", "$", "&", "(", "日本", "...", ".", " -- ", "“", "", " ", "𝐀𝐁"]
+    nothing = {"...", ".", " -- ", "“", "", " "} | ({"𝐀𝐁"} if tokenizer == "ptb" else set())
+    assert wordless(texts, tokenizer) == nothing
+    assert wordless(["", " "], tokenizer) == {"", " "} and wordless([], tokenizer) == set()
+    for text in texts:
+        if text in nothing:
+            with pytest.raises(ValueError, match="must have words"):
+                caption_scores({"1": "a"}, {"1": [text]}, tokenizer)
 
 
 Texts = Mapping[str, str]

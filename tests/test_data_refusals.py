@@ -418,6 +418,21 @@ class TestSkipping:
         trained = open_samples(source, split, cache_dir=tmp_path / "c")
         assert " .!" in trained.rows["answer"][:]
 
+    @pytest.mark.usefixtures("without_java")
+    def test_a_caption_of_signs_that_is_scored_stays(self, tmp_path: Path) -> None:
+        """As the tokenizer of the scores has it: "???" and "&" are words."""
+        source = MAKERS["coco"](tmp_path / "coco", 4)
+        (*parts, last, end) = re.split(r'(?<="raw": )"[^"]*"', (tmp_path / "coco" / K).read_text())
+        said = ['"???"', '" & ! "', '"日本"', *['"a dog"'] * (len(parts) - 3), '"..."']
+        text = "".join(part for pair in zip([*parts, last], said, strict=True) for part in pair)
+        (tmp_path / "coco" / K).write_text(text + end)
+        splits = "+".join(f"karpathy-{name}" for name in ("train", "val", "test"))
+        options: dict[str, Any] = {"role": "evaluate", "cache_dir": tmp_path / "c"}
+        found = open_samples(source, splits, broken="skip", **options)
+        assert found.skipped == {"caption without a word": 1}
+        kept = {caption for captions in found.rows["references"] for caption in captions}
+        assert kept == {"???", " & ! ", "日本", "a dog"}
+
     @staticmethod
     def _wordless(source: Source, split: str, message: str, options: dict[str, Any]) -> bool:
         try:

@@ -1,7 +1,7 @@
 """Rows of a data set in its official layout: memory-mapped, cached, with every image there."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -18,11 +18,14 @@ from fused_route.training.data.layouts import LAYOUTS, splits_of
 from fused_route.training.data.row_cache import cached_rows, distinct, key_of
 from fused_route.training.data.splits import ROLES, Needed, Row, Split
 from fused_route.training.files import place
+from fused_route.training.metrics.captions import wordless
 
 # What to do about rows that cannot be used, and how images are looked at for it.
 BROKEN = {"refuse": "listed", "skip": "decoded"}
 UNANSWERED, WORDLESS = "no answer", "caption without a word"
-WORD = r"[\pL\pN_]"  # in a caption that has one
+# A caption that has one of these has words by every tokenizer; others it is asked about. Of letters
+# and numbers of other scripts the PTB tokenizer drops some, and of other signs it keeps some.
+WORD = "[0-9A-Za-z_]"
 
 Mask = NDArray[np.bool_]  # (rows,)
 
@@ -106,7 +109,7 @@ def open_samples(
     bad = broken_images(lambda: _names(rows), folder, record, BROKEN[broken])
     masks = _masks(rows, splits, bad)
     if role == "evaluate" and LAYOUTS[source.layout].task == "caption":
-        masks[WORDLESS] = _where(rows, "references", _has_no_word)
+        masks[WORDLESS] = _naming(rows, "references", _wordless(rows))
     if broken == "refuse":
         _refuse(rows, masks, bad, (root, folder), splits)
     rows, skipped = _kept(rows, masks, what)
@@ -171,28 +174,28 @@ def _masks(
     number = pc.list_value_length(rows.data.column("references"))
     unanswered = np.zeros(len(rows), bool) if withheld else number.to_numpy() == 0
     return {UNANSWERED: unanswered} | {
-        reason: _naming(rows, [name for name, why in bad.items() if why == reason])
+        reason: _naming(rows, "images", [name for name, why in bad.items() if why == reason])
         for reason in (MISSING, UNREADABLE)
     }
 
 
-def _naming(rows: datasets.Dataset, names: Sequence[str]) -> Mask:
-    """Which rows name one of these images."""
-    if not names:
-        return np.zeros(len(rows), bool)
-    named = pa.array(names, pa.string())
-    return _where(rows, "images", lambda found: pc.is_in(found, value_set=named))
+def _wordless(rows: datasets.Dataset) -> list[str]:
+    """Captions that the tokenizer they are scored by cuts to nothing."""
+    doubtful: set[str] = set()
+    for chunk in rows.data.column("references").chunks:
+        captions = pc.list_flatten(chunk)
+        doubtful.update(
+            captions.filter(pc.invert(pc.match_substring_regex(captions, WORD))).to_pylist()
+        )
+    return sorted(wordless(sorted(doubtful)))
 
 
-def _has_no_word(captions: pa.Array) -> pa.Array:
-    return pc.invert(pc.match_substring_regex(captions, WORD))
-
-
-def _where(rows: datasets.Dataset, column: str, test: Callable[[pa.Array], pa.Array]) -> Mask:
-    """Which rows have something in a column of lists of which the test is true."""
+def _naming(rows: datasets.Dataset, column: str, texts: Sequence[str]) -> Mask:
+    """Which rows have one of these texts in a column of lists."""
     mask, start = np.zeros(len(rows), bool), 0
-    for chunk in rows.data.column(column).chunks:
-        hit = test(pc.list_flatten(chunk))
+    named = pa.array(texts, pa.string())
+    for chunk in rows.data.column(column).chunks if len(texts) else ():
+        hit = pc.is_in(pc.list_flatten(chunk), value_set=named)
         mask[start + pc.list_parent_indices(chunk).filter(hit).to_numpy()] = True
         start += len(chunk)
     return mask

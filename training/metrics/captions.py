@@ -151,6 +151,18 @@ def _chosen(tokenizer: str) -> str:
     return "ptb" if runs else "regex"
 
 
+def wordless(texts: Sequence[str], tokenizer: str = "auto") -> set[str]:
+    """Those texts of which the words, as `caption_scores` has them, are none.
+
+    Raises:
+        ValueError: as `caption_scores`, of the tokenizer.
+    """
+    if not any(map(str.strip, texts)):
+        return set(texts)
+    cut = TOKENIZERS[_chosen(tokenizer)](texts)
+    return {text for text, words in zip(texts, cut, strict=True) if not words}
+
+
 def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
     same_ids("predictions", predictions, "references", references)
     text_of_each("predictions", predictions)
