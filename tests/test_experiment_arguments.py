@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from experiments import recipe, refused, run, save_all, written
 from safetensors.torch import load_file
 
@@ -38,6 +39,60 @@ def test_label_smoothing_of_weighted_answers_is_refused(
     assert "label_smoothing_factor=0.1 has no meaning for tasks.caption" in line
     told = recipe(folder, "gpt2", "lora", *given)
     assert arguments_of(told, validated=True).label_smoothing_factor == 0.1
+
+
+NOT_DONE = {
+    "save_only_model": "could not go on from such checkpoints",
+    "dataloader_drop_last": "every row is trained on",
+    "auto_find_batch_size": "set per_device_train_batch_size",
+}
+
+
+@pytest.mark.parametrize("name", NOT_DONE)
+def test_what_is_not_done_is_refused(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["train"], ["train", "--dry-run"]):
+        file = written(folder, "roberta", "lora", "not-done")
+        line = refused(capsys, command[0], file, *command[1:], f"--{name}", "true")
+        assert f"training.{name}=True: " in line and NOT_DONE[name] in line
+
+
+def test_runs_that_were_told_what_is_not_done(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are evaluated, and found to be the same run, since it did nothing."""
+    file = written(folder, "roberta", "lora", "told")
+    assert run("train", file) == 0
+    out = folder / "runs" / "roberta-lora-told"
+    for path in (out / "recipe.yaml", out / "best" / "recipe.yaml"):
+        told = yaml.safe_load(path.read_text())
+        told["training"]["dataloader_drop_last"] = True
+        path.write_text(yaml.safe_dump(told))
+    assert run("eval", out) == 0
+    capsys.readouterr()
+    assert run("train", file) == 0
+    assert "is finished already" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_not_averaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 steps over it; the average is of the others."""
+    compute = ExperimentTrainer.compute_loss
+
+    def overflows(self: ExperimentTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        return loss + (loss.detach() * float("inf") if self.state.global_step == 1 else 0.0)
+
+    monkeypatch.setattr(ExperimentTrainer, "compute_loss", overflows)
+    file = written(folder, "roberta", "lora", "overflow")
+    assert run("train", file, "--steps", "3", "--logging_steps", "1") == 0
+    out = folder / "runs" / "roberta-lora-overflow"
+    found = json.loads((out / "scores.json").read_text())["training"]["train_loss"]
+    log = json.loads((out / "history.json").read_text())["log"]
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert found == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-3)
 
 
 def test_no_evaluation_keeps_checkpoints(folder: Path) -> None:

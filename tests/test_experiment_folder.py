@@ -1,6 +1,7 @@
 """What a run remembers of how it began, so that no command goes on with something else."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -122,15 +123,18 @@ class TestModels:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        """A run does not go on with it; one that is asked with it says so."""
+        """Also a library's version may change it: it is said."""
         file = stopped(folder, "processor", monkeypatch=monkeypatch)
         tower = shutil.copytree(folder / "models" / "vit", tmp_path / "tower")
         told = json.loads((tower / "preprocessor_config.json").read_text())
         (tower / "preprocessor_config.json").write_text(json.dumps({**told, "do_rescale": False}))
-        line = refused(capsys, "train", file, "--epochs", "2", "--vision", tower)
-        assert "image processor is another" in line
-        assert run("train", file, "--epochs", "2") == 0
-        capsys.readouterr()
+        assert run("train", file, "--dry-run", "--epochs", "2", "--vision", tower) == 0
+        assert "image processor is another than in training" in capsys.readouterr().err
+        assert run("train", file, "--epochs", "2", "--vision", tower) == 0
+        assert "image processor is another than in training" in capsys.readouterr().err
+        for kept in (folder / "runs" / "roberta-lora-processor").glob("*/models.json"):
+            told = json.loads(kept.read_text())
+            kept.write_text(json.dumps({**told, "preprocessing": "that of before"}))
         assert run("eval", folder / "runs" / "roberta-lora-processor", "--vision", tower) == 0
         assert "image processor is another than in training" in capsys.readouterr().err
 
@@ -175,8 +179,9 @@ class TestRows:
                 answer["answer"] = "something else"
 
         with_annotations(other, another_answer)
-        line = refused(capsys, "train", file, "--epochs", "2", "--root", other)
-        assert "the train split of tasks.vqa has 80 rows, but not the same ones" in line
+        for command in (["train"], ["train", "--dry-run"]):
+            line = refused(capsys, *command, file, "--epochs", "2", "--root", other)
+            assert "the train split of tasks.vqa has 80 rows, but not the same ones" in line
         assert run("train", file, "--epochs", "2", "--root", moved) == 0
 
     def test_another_number_of_rows(
@@ -196,6 +201,17 @@ class TestRows:
         with_annotations(other, unanswered)
         line = refused(capsys, "train", file, "--epochs", "2", *given, "--root", other)
         assert "tasks.vqa has 80 rows there, 78 here" in line
+
+    def test_images_that_broke_in_between(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        root = shutil.copytree(folder / "data" / "vqav2", folder / "data" / "broke")
+        given = ["--broken", "skip", "--root", root, "--cache", folder / "cache-broke"]
+        file = stopped(folder, "broke", *given, monkeypatch=monkeypatch)
+        image = next(root.rglob("*train2014*.jpg"))
+        image.write_bytes(b"no image")
+        line = refused(capsys, "train", file, "--epochs", "2", *given)
+        assert "tasks.vqa has 80 rows there, 76 here" in line
 
     @pytest.mark.parametrize("old", [False, True])
     def test_classes_keep_their_meaning(
@@ -285,3 +301,34 @@ def test_as_many_processes_go_on(
     assert "was begun by 2 processes, and this is one of 1" in line
     path.write_text("[]")
     assert "begun.json holds no mapping" in refused(capsys, "train", file, "--epochs", "2")
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "begun.json"])
+def test_a_full_disk_at_the_first_files_leaves_a_folder_to_go_on_in(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(folder, "roberta", "lora", f"first-{name}")
+    replace = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if Path(target).name == name:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert "No space left on device" in refused(capsys, "train", file)
+    out = folder / "runs" / f"roberta-lora-first-{name}"
+    (out / ".recipe.yaml-0123.partial").touch()  # as a kill leaves it
+    assert run("train", file) == 0
+
+
+def test_classes_may_be_named_again_by_their_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("kept.json").write_text(json.dumps(["red", "blue", "yes", "no"]))
+    file = written(folder, "roberta", "lora", "relative")
+    assert run("train", file, "--tasks.vqa.answers", "kept.json") == 0
+    out = folder / "runs" / "roberta-lora-relative"
+    assert run("eval", out, "--tasks.vqa.answers", "kept.json") == 0

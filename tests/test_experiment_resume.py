@@ -14,9 +14,12 @@ import torch
 import yaml
 from experiments import refused, save_all, written
 from model_folders import save_language
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fused_route.training import cli
+from fused_route.training.experiment import trainer
+from fused_route.training.experiment.build import Built
 from fused_route.training.experiment.folder import last_checkpoint
 from fused_route.training.experiment.trainer import ExperimentTrainer
 
@@ -257,6 +260,25 @@ def test_a_full_disk_is_one_line(
     assert before is not None and before.name == "checkpoint-5"
     assert cli.main(["train", str(path)]) == 0
     assert_equal(left_alone / "last", out / "last")
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_full_disk_at_the_end_is_one_line(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = file(folder, "roberta", f"end-{name}")
+    with pytest.MonkeyPatch.context() as patch:
+        save = trainer.save
+
+        def full(built: Built, to: Path) -> None:
+            if to.name == name:
+                raise SafetensorError("I/O error: No space left on device (os error 28)")
+            save(built, to)
+
+        patch.setattr(trainer, "save", full)
+        line = refused(capsys, "train", path)
+    assert f"{name} could not be written, the disk may be full" in line
+    assert cli.main(["train", str(path)]) == 0 and (out / name).is_dir()
 
 
 def test_other_errors_of_a_checkpoint_are_not_called_a_full_disk(folder: Path) -> None:

@@ -27,7 +27,7 @@ import yaml
 import fused_route
 from fused_route.checks import shown
 from fused_route.training.comparison.plan import with_training
-from fused_route.training.experiment.arguments import arguments_of
+from fused_route.training.experiment.arguments import arguments_of, refuse_not_done
 from fused_route.training.experiment.build import build, parameters
 from fused_route.training.experiment.evaluation import evaluate, tasks_with
 from fused_route.training.experiment.folder import PLACES, adapter_folder, flat, write_json
@@ -140,6 +140,7 @@ def budget(recipe: Recipe) -> dict[str, Any]:
         ValueError: data, models or settings that cannot be used.
     """
     validated = any(task.validation is not None for task in recipe.tasks.values())
+    refuse_not_done(recipe)
     arguments = arguments_of(recipe, validated=validated)
     seed(arguments)
     built = build(recipe, open_data(recipe).answers)

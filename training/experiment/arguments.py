@@ -70,8 +70,6 @@ def checked(training: Mapping[str, Any], kind: str) -> dict[str, Any]:
             )
         if name in OTHERWISE:
             raise ValueError(f"training.{name}: {OTHERWISE[name]}; leave it out")
-        if name in NOT_DONE and value:
-            raise ValueError(f"training.{name}={value!r}: {NOT_DONE[name]}; leave it out")
         if name in STRATEGIES and value is False:  # what YAML reads in "no"
             found[name] = "no"
             continue
@@ -97,7 +95,6 @@ def arguments_of(recipe: Recipe, *, validated: bool) -> TrainingArguments:
     Raises:
         ValueError: what TrainingArguments refuses, or what nothing would come of.
     """
-    _refuse_smoothing(recipe)
     on_gpu = torch.cuda.is_available()
     given = checked(recipe.training, recipe.model.kind)
     defaults: dict[str, Any] = {
@@ -140,6 +137,14 @@ def arguments_of(recipe: Recipe, *, validated: bool) -> TrainingArguments:
 def _saved(eval_strategy: str | None) -> str:
     """When checkpoints are written where a recipe does not say: with the evaluations, if any."""
     return "epoch" if eval_strategy in (None, "no") else eval_strategy
+
+
+def refuse_not_done(recipe: Recipe) -> None:
+    """ValueError for what training would take and not do. Runs that have it are still evaluated."""
+    for name, why in NOT_DONE.items():
+        if value := recipe.training.get(name):
+            raise ValueError(f"training.{name}={value!r}: {why}; leave it out")
+    _refuse_smoothing(recipe)
 
 
 def _refuse_smoothing(recipe: Recipe) -> None:

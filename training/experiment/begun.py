@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
+from accelerate import PartialState
 from datasets import Dataset
 
 from fused_route.checks import shown
@@ -29,14 +31,14 @@ PARTS = {
 
 
 def begun(
-    models: Mapping[str, str], train: Rows, validation: Rows | None, processes: int
+    models: Mapping[str, str], train: Rows, validation: Rows | None, processes: int | None
 ) -> dict[str, Any]:
     """What a run depends on that its recipe does not say.
 
     Args:
         models: of `Built`.
         train, validation: rows, known by their contents wherever their files lie.
-        processes: that share a step, each with a batch of its own.
+        processes: that share a step, each with a batch of its own; None: not known yet.
     """
     known = {"train": _known(train, but=KIND)}
     if validation is not None:
@@ -92,7 +94,7 @@ def refuse_other(folder: Path, now: Mapping[str, Any]) -> None:
                 f"{changed}; bring those data back, or name another folder with --out"
             )
     processes = then.get("processes", now["processes"])
-    if processes != now["processes"]:
+    if now["processes"] is not None and processes != now["processes"]:
         raise ValueError(
             f"{folder} was begun by {processes} processes, and this is one of {now['processes']}: "
             "its steps would have other rows; start as many, or name another folder with --out"
@@ -100,12 +102,20 @@ def refuse_other(folder: Path, now: Mapping[str, Any]) -> None:
 
 
 def refuse_other_models(run: Path, then: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """ValueError where a frozen model is not the one that a run was trained with."""
+    """ValueError where a frozen model has other weights than the one that a run was trained with.
+
+    Of another configuration or image processor, which a version of a library may change too, a
+    line on standard error says.
+    """
     for part, said in PARTS.items():
-        if then.get(part, now[part]) != now[part]:
+        if then.get(part, now[part]) == now[part]:
+            continue
+        if part != "preprocessing":
             raise ValueError(
                 f"{said} than {run} was trained with: give that model, or train another run"
             )
+        if PartialState().is_main_process:
+            print(f"{run}: {said} than in training, or a library's version is", file=sys.stderr)
 
 
 def refuse_other_answers(folder: Path, file: Path, answers: Sequence[str]) -> None:

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from fused_route.training.experiment.arguments import arguments_of
+from fused_route.training.experiment.arguments import arguments_of, refuse_not_done
 from fused_route.training.experiment.batches import IGNORED
+from fused_route.training.experiment.begun import begun
 from fused_route.training.experiment.build import Built, build, parameters
 from fused_route.training.experiment.cutting import say_cut
 from fused_route.training.experiment.folder import anchored, check_folder, last_checkpoint
 from fused_route.training.experiment.images import PixelImages
 from fused_route.training.experiment.recipe import Recipe
-from fused_route.training.experiment.run import SCORES, Data, open_data, seed
+from fused_route.training.experiment.run import SCORES, Data, open_data, refuse_changed, seed
 from fused_route.training.experiment.sampling import TaskBatches
 from fused_route.training.experiment.tasks import Rows
 
@@ -35,10 +36,12 @@ def dry_run(recipe: Recipe) -> str:
     """
     state = _state(recipe)
     validated = any(task.validation is not None for task in recipe.tasks.values())
+    refuse_not_done(recipe)
     arguments = arguments_of(recipe, validated=validated)
     seed(arguments)
     data = open_data(recipe)
     built = build(recipe, data.answers)
+    _refuse_changed(recipe, built, data)
     say_cut(built.batches(), data.train)
     images = data.images()
     rows = {name: len(samples.rows) for name, samples in data.train.samples.items()}
@@ -67,6 +70,14 @@ def _state(recipe: Recipe) -> str:
         return f"run: {folder} is finished already, nothing would be trained"
     checkpoint = last_checkpoint(folder)
     return f"run: new, in {folder}" if checkpoint is None else f"run: goes on from {checkpoint}"
+
+
+def _refuse_changed(recipe: Recipe, built: Built, data: Data) -> None:
+    """As `train` does; but for how many processes it will have, and for which images are broken."""
+    now = begun(built.models, data.train, data.validation, None)
+    if recipe.broken == "skip":
+        now["rows"] = {}  # known when all images are encoded
+    refuse_changed(Path(recipe.training["output_dir"]), now, data.answers)
 
 
 def _steps(recipe: Recipe, arguments: TrainingArguments, train: Rows) -> str:

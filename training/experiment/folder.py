@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from fused_route.checks import shown
 from fused_route.training.data.answers import read_vocabulary, write_vocabulary
-from fused_route.training.experiment.begun import PARTS, read_json, refuse_other_models
+from fused_route.training.experiment.begun import BEGUN, read_json, refuse_other_models
 from fused_route.training.experiment.build import Built, build
 from fused_route.training.experiment.recipe import Recipe, default
 from fused_route.training.experiment.recipe_file import read_recipe
@@ -111,28 +110,15 @@ def open_run(
         raise ValueError(f"{folder / ANSWERS} is missing: what the classes mean is in it")
     answers = read_vocabulary(folder / ANSWERS) if (folder / ANSWERS).is_file() else []
     built = build(recipe, answers)
-    _refuse_other_models(folder, built)
+    refuse_other_models(folder, read_json(folder / MODELS), built.models)
     built.tuned.load(folder)
     built.model.eval()
     return built
 
 
-def _refuse_other_models(folder: Path, built: Built) -> None:
-    """ValueError where weights are others than those that an adapter was trained with.
-
-    Of another configuration or image processor, which a version of a library may change too, a
-    line on standard error says.
-    """
-    theirs, ours = dict(read_json(folder / MODELS)), built.models
-    preprocessing = theirs.pop("preprocessing", ours["preprocessing"])
-    refuse_other_models(folder, theirs, ours)
-    if preprocessing != ours["preprocessing"]:
-        print(f"{folder}: {PARTS['preprocessing']} than in training", file=sys.stderr)
-
-
 def _refuse_other_function(trained: Recipe, told: Recipe) -> None:
     """ValueError where overrides would make another function of what was trained."""
-    theirs, ours = (flat(yaml.safe_load(r.to_yaml())) for r in (trained, told))
+    theirs, ours = (flat(yaml.safe_load(anchored(r).to_yaml())) for r in (trained, told))
     for name in theirs:
         if CLASSES.fullmatch(name) and theirs[name] != ours.get(name):
             raise ValueError(
@@ -197,6 +183,8 @@ PLACES = re.compile(
 )
 
 
+# Arguments that are refused now and did nothing before.
+NEVER_DONE = ("training.dataloader_drop_last", "training.auto_find_batch_size")
 # What the classes of a classifier are made from, which stay those of training.
 CLASSES = re.compile(r"tasks\.\w+\.(answers|answers_from|least)")
 
@@ -213,7 +201,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         raise ValueError(f"training.output_dir={str(folder)!r}: {parent} {what}")
     path = folder / RECIPE
     if not path.is_file():
-        if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+        if folder.is_dir() and any(not _is_own(path.name) for path in folder.iterdir()):
             raise ValueError(
                 f"training.output_dir={str(folder)!r} holds other files: name a new or empty folder"
             )
@@ -223,13 +211,18 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     theirs, ours = flat(read_tree(path)), flat(yaml.safe_load(recipe.to_yaml()))
     every = theirs.keys() | ours.keys()
     different = sorted(k for k in every if theirs.get(k, default(k)) != ours.get(k, default(k)))
-    different = [name for name in different if not PLACES.fullmatch(name)]
+    different = [n for n in different if not PLACES.fullmatch(n) and n not in NEVER_DONE]
     if different:
         name = different[0]
         raise ValueError(
             f"{folder} is a run of another recipe ({name} is {shown(theirs.get(name))} there, "
             f"{shown(ours.get(name))} here): name another folder with --out"
         )
+
+
+def _is_own(name: str) -> bool:
+    """Whether a file is what a run leaves that was killed before its recipe was written."""
+    return name in (LOCK, BEGUN) or (name.startswith(".") and name.endswith(".partial"))
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -260,7 +253,7 @@ def keep_checkpoints(folder: Path, limit: int | None, best: str | None) -> None:
             shutil.rmtree(path)
 
 
-def losses_before(checkpoint: Path | None) -> tuple[float, int]:
+def losses_before(checkpoint: Path | None) -> tuple[float, float]:
     """(sum of losses in front of a checkpoint, number of its steps that have none there).
 
     Of checkpoints that are older than the record: of the steps whose losses were logged.
@@ -269,7 +262,7 @@ def losses_before(checkpoint: Path | None) -> tuple[float, int]:
         return 0.0, 0
     if (checkpoint / LOSSES).is_file():
         total, steps = json.loads((checkpoint / LOSSES).read_text(encoding="utf-8"))
-        return float(total), step_of(checkpoint) - int(steps)
+        return float(total), step_of(checkpoint) - float(steps)
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     total, last = 0.0, 0
     for line in state["log_history"]:

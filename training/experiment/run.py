@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import (
 
 from fused_route.training.data.answers import read_vocabulary, vocabulary
 from fused_route.training.data.layouts import LAYOUTS, splits_of
-from fused_route.training.experiment.arguments import arguments_of
+from fused_route.training.experiment.arguments import arguments_of, refuse_not_done
 from fused_route.training.experiment.begun import (
     BEGUN,
     begun,
@@ -132,32 +133,57 @@ def train(recipe: Recipe) -> Path:
         print(f"{folder} is finished already: for another run name another --out", file=sys.stderr)
         return folder
     validated = any(task.validation is not None for task in recipe.tasks.values())
+    refuse_not_done(recipe)
     arguments = arguments_of(recipe, validated=validated)
     seed(arguments)
     data = open_data(recipe)
     built = build(recipe, data.answers)
     say_cut(built.batches(), data.train)
-    beginning = begun(built.models, data.train, data.validation, arguments.world_size)
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is not None:
-        refuse_other(folder, beginning)
-        refuse_other_answers(folder, checkpoint / ANSWERS, data.answers)
-    encode(built, data.images())
-    data = data.readable(built)
+    data, beginning = _began(recipe, folder, built, data, arguments.world_size)
     start_projector(built, data.train.images())
     lock = alone_in(folder) if arguments.should_save else nullcontext()
     with lock:
-        if arguments.should_save and last_checkpoint(folder) is None:
-            write_json(folder / BEGUN, beginning)
+        if arguments.should_save:
+            write_recipe(recipe, folder)  # before other files: a folder without is somebody else's
+            if last_checkpoint(folder) is None:
+                write_json(folder / BEGUN, beginning)
         _run(recipe, arguments, data, built, folder)
     return folder
+
+
+def _began(
+    recipe: Recipe, folder: Path, built: Built, data: Data, processes: int
+) -> tuple[Data, dict[str, Any]]:
+    """Encodes; returns what can be trained on, and what the run depends on: that of before.
+
+    Raises:
+        ValueError: another, before images are encoded where that does not decide about rows.
+    """
+    now, skips = (
+        begun(built.models, data.train, data.validation, processes),
+        recipe.broken == "skip",
+    )
+    if not skips:
+        refuse_changed(folder, now, data.answers)
+    encode(built, data.images())
+    if skips:
+        data = data.readable(built)
+        now = begun(built.models, data.train, data.validation, processes)
+        refuse_changed(folder, now, data.answers)
+    return data, now
+
+
+def refuse_changed(folder: Path, now: Mapping[str, Any], answers: Sequence[str]) -> None:
+    """ValueError where a run that has a checkpoint was begun with something else, see `begun`."""
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        refuse_other(folder, now)
+        refuse_other_answers(folder, checkpoint / ANSWERS, answers)
 
 
 def _run(
     recipe: Recipe, arguments: TrainingArguments, data: Data, built: Built, folder: Path
 ) -> None:
-    if arguments.should_save:
-        write_recipe(recipe, folder)
     trainer = ExperimentTrainer(built, arguments, data.train, data.validation, _callbacks(recipe))
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None and arguments.should_save:

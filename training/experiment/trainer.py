@@ -4,6 +4,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,9 @@ class ExperimentTrainer(Trainer):
     ) -> None:
         self.built = built
         self.rows = train
-        self.losses = torch.zeros(1, device=arguments.device)  # summed over this process's steps
-        self.before = (0.0, 0)  # of a checkpoint that is gone on from, see `losses_before`
+        # Of this process: the sum of its steps' losses, and how many steps have one not finite.
+        self.losses = torch.zeros(2, device=arguments.device)
+        self.before = (0.0, 0.0)  # of a checkpoint that is gone on from, see `losses_before`
         self.asking: Batches = built.batches()
         augmented = built.batches(augmentation=built.recipe.augmentation)
         super().__init__(
@@ -109,14 +111,17 @@ class ExperimentTrainer(Trainer):
         """transformers' own, with the modules of the batch's task."""
         self.built.tuned.use(inputs.pop("name"))
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        self.losses += loss.detach()
+        here, is_finite = loss.detach(), loss.detach().isfinite()
+        part = 1 / self.current_gradient_accumulation_steps  # of a step
+        lost = torch.where(is_finite, 0.0, part)  # fp16 steps over one: its scale was too large
+        self.losses += torch.stack([torch.where(is_finite, here, 0.0), lost])
         return loss
 
-    def summed(self) -> tuple[float, int]:
+    def summed(self) -> tuple[float, float]:
         """(sum of losses, mean over processes, number of steps), of all steps that have one."""
-        before, lacking = self.before
-        here = float(self.accelerator.gather(self.losses).mean())
-        return before + here, self.state.global_step - lacking
+        total, lacking = self.before
+        here = self.accelerator.gather(self.losses).view(-1, 2).mean(0).tolist()
+        return total + here[0], self.state.global_step - lacking - here[1]
 
     def compute_loss(
         self,
@@ -232,7 +237,8 @@ class ExperimentTrainer(Trainer):
         """What is trained, and nothing of the frozen models."""
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            save(self.built, folder)
+            with _told_where(folder):
+                save(self.built, folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """transformers' own, older checkpoints taken away when this one is complete, not before."""
@@ -240,17 +246,11 @@ class ExperimentTrainer(Trainer):
         folder = Path(self.args.output_dir)
         here, losses = folder / f"checkpoint-{self.state.global_step}", self.summed()
         try:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                write_json(here / LOSSES, losses)
-                (here / COMPLETE).touch()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and not WRITER.search(str(error)):
-                raise
-            raise ValueError(
-                f"{here} could not be written, the disk may be full ({one_line(error)}): make "
-                "room, then the same command goes on from the checkpoint before"
-            ) from None
+            with _told_where(here):
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    write_json(here / LOSSES, losses)
+                    (here / COMPLETE).touch()
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -270,6 +270,20 @@ class ExperimentTrainer(Trainer):
         """Keeps the last before it."""
         self.save_model(str(Path(self.args.output_dir) / LAST))
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+@contextmanager
+def _told_where(folder: Path) -> Iterator[None]:
+    """ValueError where a folder cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not WRITER.search(str(error)):
+            raise
+        raise ValueError(
+            f"{folder} could not be written, the disk may be full ({one_line(error)}): make room, "
+            "then the same command goes on from the checkpoint before"
+        ) from None
 
 
 def named(judged: Mapping[str, Scored]) -> dict[str, float]:
