@@ -77,8 +77,8 @@ def test_kernels_read_plain_tensors_only() -> None:
     refused("A is a Shard", A=A.as_subclass(Shard))
 
 
-# torch 2.14 makes forward derivatives of products by it
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+# torch 2.11 and 2.14 make forward derivatives of products by it
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_takes_the_reference() -> None:
     x_r = torch.randn(2, 8)
     with mock.patch.object(coverage, "device_obstacle", return_value=None):

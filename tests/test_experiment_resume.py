@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from fused_route.training import cli
 from fused_route.training.experiment import trainer
 from fused_route.training.experiment.build import Built
-from fused_route.training.experiment.folder import last_checkpoint
+from fused_route.training.experiment.folder import last_checkpoint, save
 from fused_route.training.experiment.trainer import ExperimentTrainer
 
 pytestmark = pytest.mark.usefixtures("without_java")
@@ -268,7 +268,6 @@ def test_a_full_disk_at_the_end_is_one_line(
 ) -> None:
     path, out = file(folder, "roberta", f"end-{name}")
     with pytest.MonkeyPatch.context() as patch:
-        save = trainer.save
 
         def full(built: Built, to: Path) -> None:
             if to.name == name:
