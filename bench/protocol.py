@@ -279,7 +279,7 @@ def replays(replayed: torch.cuda.CUDAGraph, clock: Clock, seconds: float) -> lis
 def kernels(subject: Subject) -> tuple[float, float]:
     """(seconds of kernels and copies, how many kernels there are) of one call, by the profiler.
 
-    Of a training step two calls are enough: ten are 85,000 events, which take 18 s to read.
+    Of a training step two calls are enough: ten of gpt2's are 85,000 events, 6 s to read on a CPU.
     """
     clock, calls = GpuClock(), 10 if subject.finish is None else 2
     samples(subject, clock, 2)

@@ -160,9 +160,8 @@ def _pairing_obstacle(routing: Routing, given: RoutingInput) -> str | None:
     """Whether each visual token may meet a text token of its own, which kernels do not know."""
     route, operand = routing.route, given.operand
     if operand is not None:
-        rows = (
-            1 if operand.mix == "matrix" else max((t.shape[-2] for t in operand.tensors), default=1)
-        )
+        vectors = () if operand.mix == "matrix" else operand.tensors
+        rows = max((t.shape[-2] for t in vectors), default=1)
         return f"operand {operand.mix} has {rows} rows a sample" if rows > 1 else None
     # A user's published form is not known to be one vector or matrix a sample.
     pairs = not is_built_in(route) or route.name in ("add", "mul")

@@ -243,13 +243,12 @@ class RouteTable(Mapping[str, Route]):
         return route
 
 
-_BUILT_IN = _table()
-ROUTES = RouteTable(dict(_BUILT_IN))
+ROUTES = RouteTable(_table())
 
 
 def is_built_in(route: Route) -> bool:
     """Whether this is a route of the library, and not a user's."""
-    return _BUILT_IN.get(route.name) is route
+    return route.name in ROUTES._built_in and ROUTES[route.name] is route
 
 
 def _named(name: str) -> Route:

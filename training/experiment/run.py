@@ -159,17 +159,13 @@ def _began(
     Raises:
         ValueError: another, before images are encoded where that does not decide about rows.
     """
-    now, skips = (
-        begun(built.models, data.train, data.validation, processes),
-        recipe.broken == "skip",
-    )
-    if not skips:
-        refuse_changed(folder, now, data.answers)
-    encode(built, data.images())
-    if skips:
+    if recipe.broken == "skip":
+        encode(built, data.images())
         data = data.readable(built)
-        now = begun(built.models, data.train, data.validation, processes)
-        refuse_changed(folder, now, data.answers)
+    now = begun(built.models, data.train, data.validation, processes)
+    refuse_changed(folder, now, data.answers)
+    if recipe.broken != "skip":
+        encode(built, data.images())
     return data, now
 
 
