@@ -382,3 +382,18 @@ def test_broken_images_are_refused_or_skipped(
         image.write_bytes(b"no image")
     line = refused(capsys, *scored)
     assert "whose images cannot be read; none is left" in line
+
+
+def test_a_command_ends_the_group_of_its_processes(tmp_path: Path) -> None:
+    """Threads of one that is left to the interpreter's exit abort the process now and then."""
+    distributed = torch.distributed
+    at = f"file://{tmp_path / 'group'}"
+    distributed.init_process_group("gloo", init_method=at, rank=0, world_size=1)
+    assert run("doctor", "no/such") == 2
+    assert distributed.is_initialized()  # others may still wait: the launcher ends them
+    try:
+        assert run("doctor") == 0
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

@@ -22,6 +22,7 @@ def main(out: Path, batch: int) -> None:
     trainer = Trainer(model=model, args=arguments, train_dataset=Samples(16))
     trainer.train()
     print(f"{trainer.accelerator.num_processes} processes")
+    trainer.accelerator.end_training()  # what ends at exit alone may abort the process
 
 
 if __name__ == "__main__":

@@ -27,13 +27,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     skipping = ["--broken", "skip"] if getattr(arguments, "skip_broken", False) else []
     arguments.overrides = [*rest, *skipping]
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
     except (ValueError, ImportError, OSError) as error:
         print(f"fused-route: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fused-route: interrupted", file=sys.stderr)
         return 130
+    _leave_group()
+    return status
+
+
+def _leave_group() -> None:
+    """Ends what this process shares with those that a launcher started beside it.
+
+    Left to the interpreter's exit, threads of a group that still run abort the process now and
+    then (exit status 134), after all that it was to do.
+    """
+    distributed = sys.modules.get("torch.distributed")  # not imported for this alone
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _parser() -> argparse.ArgumentParser:
