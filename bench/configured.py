@@ -24,6 +24,14 @@ def configured(**entries: Any) -> Iterator[None]:
         yield
 
 
+def wherever_it_can(major: int | None) -> bool:
+    """In place of `config.overlaps`: kernels start early on every GPU that has it.
+
+    The gates compile that for compute capability 9 and 10 (docs/decisions.md, 58).
+    """
+    return major is not None and major >= 9
+
+
 def along_with_few_rows(major: int | None, size: int, many: bool) -> str:
     """In place of `config.image`: K1 makes x_v in 16 bits wherever rows are few, on any GPU.
 

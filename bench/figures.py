@@ -32,6 +32,7 @@ LOOKS: dict[str, tuple[str, str, str]] = {  # provider -> colour, marker, line
     "peft": (ROSE, "<", "-"),
     FROZEN: (GREY, "h", "-"),
     "full": (OCHRE, ">", "-"),
+    "copy": (GREY, "H", ":"),
 }
 STYLE = {
     "font.family": "DejaVu Sans",  # ships with matplotlib

@@ -50,8 +50,8 @@ for layer in kernels training; do
 done
 
 RESULT=$WORK/results.json
-FEW="--provider reference --provider compile-folded --provider matmul-order --provider fused --provider fused-along"
-EVERY="$FEW --provider published --provider peft --provider frozen --provider full"
+FEW="--provider reference --provider compile-folded --provider matmul-order --provider fused --provider fused-along --provider fused-overlapped"
+EVERY="$FEW --provider published --provider peft --provider frozen --provider full --provider copy"
 PEERS="$EVERY --provider compile --provider fused-p1"
 LONG_WAYS="--provider reference --provider compile-folded --provider fused --provider fused-serial"
 MODEL_WAYS="--provider reference --provider fused --provider peft --provider frozen"

@@ -23,6 +23,7 @@ from bench.published import published
 from bench.subject import Subject
 from fused_route import coverage, known, ops, routed_linear
 from fused_route.checks import MOST
+from fused_route.plan import major_of
 
 Make = Callable[[Operands], Subject]
 
@@ -141,8 +142,31 @@ def _along() -> dict[str, Any]:
     return {"image": along_with_few_rows}
 
 
+def _overlapped() -> dict[str, Any]:
+    from bench.configured import wherever_it_can
+
+    return {"overlaps": wherever_it_can}
+
+
 def _serial() -> dict[str, Any]:
     return {"LONG_VECTORS": MOST, "LONG_MATRICES": MOST}
+
+
+class _Copied(torch.autograd.Function):
+    """x, and dy, each copied once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy.clone()
+
+
+def _copy(o: Operands) -> Subject:
+    """One pass over memory forward, and one backward: a floor that has launches and ends."""
+    return Subject(lambda: _Copied.apply(o.x), {"x": o.x}, o.dy, live=o.inputs)
 
 
 def _full(o: Operands) -> Subject:
@@ -176,8 +200,12 @@ PROVIDERS: dict[str, Provider] = {
     "fused": Provider("the library's kernels", _way(formulations.library)),
     "fused-p1": Provider("the kernels by plan P1 alone", _way(_p1)),
     "fused-along": Provider("the kernels without launches of the image's own", _trial(_along)),
+    "fused-overlapped": Provider(
+        "the kernels, each started before the one before it ends", _trial(_overlapped)
+    ),
     "fused-serial": Provider("the kernels with long samples as short ones", _trial(_serial)),
     "frozen": Provider("the base alone: y and dx", _frozen, ""),
+    "copy": Provider("x copied, and dy: one pass each", _copy, ""),
     "full": Provider("the base's full fine-tuning: y, dx and dW", _full, ""),
 }  # fmt: skip
 
@@ -187,6 +215,8 @@ def obstacle(name: str, case: Case, device: torch.device) -> str | None:
     layer_has_base = case.host != "adapter"
     if name in ("peft", "fused-p1", "frozen", "full") and not layer_has_base:
         return "an adapter has no base"
+    if name == "copy" and layer_has_base:
+        return "a base takes more than a pass over memory"
     if name == "peft" and importlib.util.find_spec("peft") is None:
         return "peft is not installed"
     if name == "matmul-order" and (case.route not in MIXED or case.dropout > 0.0):
@@ -203,8 +233,10 @@ def obstacle(name: str, case: Case, device: torch.device) -> str | None:
     R = case.r * (2 if case.host == "qkv" else 1)
     if name.startswith("fused") and R > coverage.MAX_R:
         return f"R = {R} is more than {coverage.MAX_R}"
-    if name.startswith("fused"):
-        return coverage.device_obstacle(device)
+    if name.startswith("fused") and (why := coverage.device_obstacle(device)) is not None:
+        return why
+    if name == "fused-overlapped" and device.type == "cuda" and (major_of(device) or 0) < 9:
+        return "kernels start early from compute capability 9 on"
     return None
 
 

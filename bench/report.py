@@ -24,7 +24,7 @@ and sets of memory (up to commit bf837d1 without copies and sets). *Modelled* nu
 formulas (`bench/formula.py`) and the run's ceilings; all others are measured. The floor is the
 least time that those allow for reading inputs, writing outputs and the products; "of floor" is
 floor / time, so 100% is the most there is. Speed-up is the reference's time / the provider's; of
-the providers, peft, frozen and full compute something else than the operation: yardsticks.
+the providers, peft, frozen, full and copy compute something else than the operation: yardsticks.
 *Cached features*: a step without its vision model, whose features of the images are given.
 "error" and – (not measured) are explained under Errors. MB = 10⁶ bytes, GB = 10⁹."""
 

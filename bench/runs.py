@@ -15,7 +15,7 @@ from bench.results import TIMINGS, Record, read
 from bench.tables import number
 
 REFERENCE, FUSED, FROZEN = "reference", "fused", "frozen"
-YARDSTICKS = ("peft", FROZEN, "full")  # they compute something else than the operation
+YARDSTICKS = ("peft", FROZEN, "full", "copy")  # they compute something else than the operation
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # torch's names: those of cases
 
 

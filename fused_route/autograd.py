@@ -15,7 +15,8 @@ from . import ops
 from .fusion import Fusion
 from .layout import readable
 from .ops import Inputs
-from .plan import Plan, Wanted
+from .plan import Plan
+from .sizes import Wanted
 
 # The first eight of `Inputs` have gradients, in the order of `Wanted`; that of base_out is dy.
 BASE_OUT = 10

@@ -20,7 +20,8 @@ from .dropout import draw_seed as draw_seed
 from .dropout import keep_mask as keep_mask
 from .fusion import Fusion
 from .layout import layout_of, readable
-from .plan import Plan, Sizes, Wanted, chosen_plan, is_many, major_of
+from .plan import Plan, chosen_plan, is_many, major_of
+from .sizes import Sizes, Wanted
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -109,6 +110,8 @@ def forward(
     sizes = sizes_of(plan, t, t.x.numel() // plan.D, longest)
     by_p3 = extends(plan, t.weight)
     is_along = plan.is_along and not by_p3
+    # Before K0, behind which K1 need not wait for what came before (`Plan.late`).
+    y, base = (None, None) if by_p3 else _output(plan, t)
     u, w, x_v = t.u, t.w, None
     if f.image == "owned" and (want_x_v or not is_along):
         x_v = t.A.new_empty(sizes.S, R)
@@ -117,9 +120,8 @@ def forward(
         plan.project(t.x_r, t.A, t.b_A, t.seed, x_v, "x_r")
         u, w = _of_x_v(f, x_v)
     x_t = t.A.new_empty(sizes.M, R) if want_x_t else None
-    if by_p3:
+    if y is None:
         return _extended_forward(plan, t, sizes, s, u, w, x_t), x_t, x_v
-    y, base = _output(plan, t)
     x_r, made = (t.x_r, x_v) if is_along else (None, None)
     read = (t.x, x_r, t.A, t.b_A, u, w, t.B, t.b_B, base)
     written = (y, x_t, made, t.seed, t.row_sample, t.offsets)

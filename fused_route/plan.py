@@ -2,7 +2,7 @@
 
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +10,8 @@ from torch import Tensor
 from .dropout import threshold
 from .fusion import Fusion
 from .layout import layout_of
+from .sizes import Sizes, Sums, Wanted, cdiv
 
-Grid = tuple[int, int, int]
-Numbers = tuple[int | float, ...]
 Given = tuple[Tensor | None, ...]
 
 # Plans keep what follows from the numbers of rows and samples; emptied when full.
@@ -39,11 +38,6 @@ def kernels() -> Any:
     )
 
 
-def cdiv(a: int, b: int) -> int:
-    """⌈a / b⌉."""
-    return -(-a // b)
-
-
 def is_many(M: int) -> bool:
     """Whether M rows fill a GPU with large blocks."""
     return bool(kernels().config.MANY_ROWS <= M)
@@ -63,52 +57,6 @@ def chosen_plan(f: Fusion, A: Tensor, N: int, M: int) -> str:
     extends = kernels().config.extends
     is_faster = extends(major_of(A.device), A.element_size(), width, share, M)
     return "p3" if f.base == "frozen" and is_faster else "p1"
-
-
-class Wanted(NamedTuple):
-    """Which gradients are to be computed."""
-
-    x_h: bool
-    x_r: bool
-    u: bool
-    w: bool
-    A: bool
-    b_A: bool
-    B: bool
-    b_B: bool
-
-
-class Sizes(NamedTuple):
-    """What follows from M rows of S samples: T each, or packed and `longest` at most.
-
-    `pairs` counts the rows of the partial sums that K2 writes for one vector operand, `is_long`
-    says whether a sample has many of them; the gradient of a matrix operand is summed in `splits`
-    of a sample's rows. `rows` are the numbers that kernels over rows take, but for s. The grid of
-    K1 has parts of columns on its third axis, that of K1 up to the bottleneck has not.
-    """
-
-    M: int
-    S: int
-    T: int
-    pairs: int
-    is_long: bool
-    splits: int
-    forward_grid: Grid
-    bottleneck_grid: Grid
-    backward_grid: Grid
-    rows: Numbers
-
-
-class Sums(NamedTuple):
-    """How K3 splits the sums over rows for the wanted gradients, and K4 adds them up."""
-
-    length: int
-    partials: Any
-    partials_grid: Grid
-    partials_numbers: Numbers
-    add: Any
-    add_grid: Grid
-    add_numbers: Numbers
 
 
 def _tiles(mix: str, R_PAD: int, size: int, many: bool, major: int | None) -> dict[str, Any]:
@@ -153,6 +101,10 @@ class Plan:
         self.product_tile = kernels().config.product_tile(major, dtype.itemsize, many, f.products)
         along = kernels().config.image(major, dtype.itemsize, many) == "along"
         self.is_along = f.image == "owned" and along
+        # How a kernel waits for the one launched before it: whatever that is, or late, which takes
+        # that one to be the plan's own, K0 before K1 and `vectors` before K3.
+        self.wait = "first" if kernels().config.overlaps(major) else "none"
+        self.late = "none" if self.wait == "none" else "late"
         bottleneck = {"D": D, "R": R, "R_PAD": R_PAD}
         self.to_segments = {"D": D, "N": N, "LDY": f.of * N, "R": R, "R_PAD": R_PAD}
         mix = {"MIX": f.mix, "U": f.u, "W": f.w, "FIRST": f.first, "G": f.groups}
@@ -168,7 +120,8 @@ class Plan:
             for rows_many in (False, True)
         }
         self._launch_routed({**self.to_segments, "SEGMENTS": f.segments, **mix}, x_dtype == dtype)
-        self.bottleneck = self._launch("bottleneck", {**bottleneck, **mix})
+        behind_x_v = self.late if f.image == "owned" else self.wait
+        self.bottleneck = self._launch("bottleneck", {**bottleneck, **mix, "WAIT": behind_x_v})
         row_block = {"ROW_BLOCK": self.tiles["backward"].BM}
         by_pairs = {**bottleneck, **row_block}
         self.vectors = self._launch("vectors", {**by_pairs, "PAIRS": 1})
@@ -193,7 +146,9 @@ class Plan:
             name: {"BASE": self.tiles[name].residual if exact else "added"}
             for name in ("forward", "backward")
         }
-        forward = {**constants, **base["forward"]}
+        behind_x_v = self.f.image == "owned" and not self.is_along
+        wait = {"WAIT": self.late if behind_x_v else self.wait}
+        forward = {**constants, **base["forward"], **wait}
         self.forward = self._launch("forward", {**forward, "COLUMNS": "whole"})
         alone = kernels().config.alone(self.tiles["forward"])
         self.forward_in_parts = self._launch("forward", {**forward, "COLUMNS": "parts"}, alone)
@@ -201,7 +156,8 @@ class Plan:
 
     def _launch(self, name: str, constants: dict[str, Any], tile: Any = None) -> Any:
         tile = tile or self.tiles[name]
-        constants = {**constants, "PRECISION": self.f.products, "BM": tile.BM, "BN": tile.BN}
+        chosen = {"PRECISION": self.f.products, "BM": tile.BM, "BN": tile.BN}
+        constants = {"WAIT": self.wait, **constants, **chosen}
         return kernels().Launch(getattr(kernels(), name), tile, constants)
 
     @cache  # noqa: B019  plans live as long as the process
@@ -219,6 +175,7 @@ class Plan:
         step = min(kernels().config.padded(rank), tile.BK)
         constants = {**widths, "RANK": rank, "LDN": R, "RANK_STEP": step, **strides}
         constants |= {"PRECISION": self.f.products, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
+        constants["WAIT"] = self.wait
         return kernels().Launch(kernels().extended, tile, constants)
 
     def extended_product(
@@ -353,7 +310,7 @@ class Plan:
         if len(self._sums) >= MOST_SIZES:
             self._sums.clear()
         config, tile = kernels().config, self.tiles["weights"]
-        partials, add, lengths = self._weights(wanted)
+        partials, add, lengths = self._weights(wanted, has_x_r and not self.is_along)
         up = wanted.B or wanted.b_B
         A_blocks = cdiv(self.D, tile.BN) if wanted.A else int(wanted.b_A)
         blocks = A_blocks + (self.g * cdiv(self.N, tile.BN) if up else 0)
@@ -374,8 +331,11 @@ class Plan:
         return made
 
     @cache  # noqa: B019  plans live as long as the process
-    def _weights(self, wanted: Wanted) -> tuple[Any, Any, tuple[int, ...]]:
-        """K3 and K4 for the wanted gradients, and the lengths of dA, dB, db_A and db_B."""
+    def _weights(self, wanted: Wanted, behind_dx_v: bool) -> tuple[Any, Any, tuple[int, ...]]:
+        """K3 and K4 for the wanted gradients, and the lengths of dA, dB, db_A and db_B.
+
+        behind_dx_v: whether K3 follows the kernel that made dx_v.
+        """
         config = kernels().config
         lengths = {
             "A_SIZE": self.R * self.D if wanted.A else 0,
@@ -387,8 +347,11 @@ class Plan:
         want = {f"WANT_{name}": getattr(wanted, name) for name in ("A", "b_A", "B", "b_B")}
         # Where K3 does not need it, the same for few and many rows: they may share the kernel.
         row_block = {"ROW_BLOCK": self.tiles["backward"].BM if self.is_along else 1}
-        partials = self._launch("weights", {**self.to_segments, **rank, **row_block, **want})
-        add = kernels().Launch(kernels().add, config.ADD, {**lengths, "BLOCK": config.ADD.BN})
+        wait = {"WAIT": self.late if behind_dx_v else self.wait}
+        constants = {**self.to_segments, **rank, **row_block, **want, **wait}
+        partials = self._launch("weights", constants)
+        add = {**lengths, "BLOCK": config.ADD.BN, "WAIT": self.wait}
+        add = kernels().Launch(kernels().add, config.ADD, add)
         return partials, add, tuple(lengths.values())
 
     def weight_gradients(

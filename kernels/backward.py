@@ -13,6 +13,7 @@ from .parts import (
     is_idle,
     kept,
     plus_base,
+    wait_for_previous,
     zero_beyond,
 )
 
@@ -128,7 +129,7 @@ def routed_backward(
     D: tl.constexpr, N: tl.constexpr, LDY: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
     SEGMENTS: tl.constexpr, MIX: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
     FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr, BASE: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """K2: dz = s · dy B through activation and mix to dx_t, then dx = base + dx_t A.
 
@@ -140,6 +141,7 @@ def routed_backward(
     base is dy (residual), dx itself in place (what the base layer's own gradient put there), or
     none. Grid as K1. Bytes: dy, x_t, base, dx, dx_t and z once; A and B once a program.
     """
+    wait_for_previous(WAIT, "first")
     if is_idle(offsets_ptr, T, MIX, BM):
         return
     row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)

@@ -222,6 +222,11 @@ FORWARD_PROGRAMS: dict[int, int] = {9: 132}
 # of six are saved, and not one was timed on a GPU. {9: 2} is what is to be tried (decision 54).
 ALONG: dict[int, int] = {}
 
+# Major compute capabilities on which a kernel is launched while the one before still runs, and
+# waits for it by itself (`parts.wait_for_previous`); from 9 on they can. Nowhere: not one launch
+# was made so on a GPU. {9} is what is to be tried (decision 58).
+OVERLAPS: frozenset[int] = frozenset()
+
 # From so many steps through the rows of a sample on, the gradients of operands go another way: few
 # samples are few programs, and one of 32,768 rows took one of them 512 steps, of a second-level
 # cache's latency each. Vector operands then have a program a sample, which reads SUMMED elements of
@@ -261,6 +266,11 @@ def image(major: int | None, size: int, many: bool) -> str:
     return "along" if not many and ALONG.get(major or 0) == size else "apart"
 
 
+def overlaps(major: int | None) -> bool:
+    """Whether kernels start before the previous one ends, on a GPU of this compute capability."""
+    return major in OVERLAPS
+
+
 def alone(tile: Tile) -> Tile:
     """A tile whose programs never share a multiprocessor: threads may have all registers there are.
 
@@ -289,8 +299,10 @@ def extends(major: int | None, size: int, width: int, share: float, M: int) -> b
     return width <= widest and fewest <= M
 
 
-def compiler_options(tile: Tile, backend: str) -> dict[str, int]:
-    """What the compiler of a backend, "cuda" or "hip", is told of a tile.
+def compiler_options(tile: Tile, backend: str, wait: str = "none") -> dict[str, int]:
+    """What the compiler of a backend, "cuda" or "hip", is told of a tile, and of a launch.
+
+    A kernel that waits for the previous one by itself (wait) is launched while that one runs.
 
     On AMD a warp has 64 threads, so half as many are as many threads. A product and a sum may be
     one instruction, as in all that was measured; unasked, Triton 3.9 warns that 3.10 will not.
@@ -299,4 +311,5 @@ def compiler_options(tile: Tile, backend: str) -> dict[str, int]:
     if backend != "cuda":
         return {"num_warps": max(1, tile.warps // 2), **common}
     limit = {} if tile.registers is None else {"maxnreg": tile.registers}
-    return {"num_warps": tile.warps, **common, **limit}
+    early = {} if wait == "none" else {"launch_pdl": True}
+    return {"num_warps": tile.warps, **common, **limit, **early}

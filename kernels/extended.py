@@ -7,7 +7,7 @@ written again. Backward, dx = [dy | dx_t] [W ; A] likewise.
 import triton
 import triton.language as tl
 
-from .parts import kept
+from .parts import kept, wait_for_previous
 
 
 @triton.jit
@@ -42,6 +42,7 @@ def extended_product(
     RANK: tl.constexpr, LDN: tl.constexpr, RANK_STEP: tl.constexpr,
     SWK: tl.constexpr, SWN: tl.constexpr, SFC: tl.constexpr, SFN: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """out (M, OF·N) = wide (M, K) W + bias + scale · keep ∘ (narrow factor).
 
@@ -53,6 +54,7 @@ def extended_product(
     Grid (blocks of BM rows × column tiles of BN,), columns fastest: a block of wide is read from
     memory once. Bytes: wide, narrow and out once; W and factor once a block of rows, from a cache.
     """
+    wait_for_previous(WAIT, "first")
     TILES: tl.constexpr = (N + BN - 1) // BN
     block = tl.program_id(0) // (OF * TILES)
     tile = tl.program_id(0) % (OF * TILES)

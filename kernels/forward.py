@@ -4,19 +4,29 @@ import triton
 import triton.language as tl
 
 from .mixes import activate, mix
-from .parts import LONGEST_ROW, base_tile, block_of_rows, columns, down, is_idle, plus_base
+from .parts import (
+    LONGEST_ROW,
+    base_tile,
+    block_of_rows,
+    columns,
+    down,
+    is_idle,
+    plus_base,
+    wait_for_previous,
+)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def project(
     x_ptr, A_ptr, b_A_ptr, seed_ptr, out_ptr, M, threshold, keep_scale,
     D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, STREAM: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """out (M, R) = x̂ Aᵀ + b_A for x (M, D): x_v of the image, or x_t anew for the backward pass.
 
     Grid (blocks of BM rows,). Reads x once and A once a program; writes M·R.
     """
+    wait_for_previous(WAIT, "first")
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     inside = row < M
     x_t, _ = down(
@@ -34,9 +44,11 @@ def bottleneck(
     sample, routed, threshold, keep_scale,
     D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, MIX: tl.constexpr, U: tl.constexpr,
     W: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """z = act(mix(x̂ Aᵀ + b_A)) (BM, R_PAD); stores the rows `stored` of x_t (·, R), if any.
+
+    A kernel that waits "late" does it here, before the operand is read.
 
     Where x_r is given, x_v is made here too, and each row of `stored` stores that of its sample, if
     any: the same for all rows of one.
@@ -58,6 +70,7 @@ def bottleneck(
         x_v = x_v.to(tl.float32)
     else:
         x_v = None
+    wait_for_previous(WAIT, "late")
     z = mix(
         x_t.to(tl.float32), x_v, u_ptr, w_ptr, sample, routed,
         MIX, U, W, FIRST, PRECISION, G, R, R_PAD, 256,
@@ -71,19 +84,20 @@ def routed_bottleneck(
     M, T, threshold, keep_scale,
     D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, MIX: tl.constexpr, U: tl.constexpr,
     W: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """K1 up to the bottleneck, for P3: z (M, R) = act(mix(x̂ Aᵀ + b_A)).
 
     Grid as K1. Bytes: x once, z and x_t (where it is given) once; A once a program.
     """
+    wait_for_previous(WAIT, "first")
     if is_idle(offsets_ptr, T, MIX, BM):
         return
     row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)
     z = bottleneck(
         x_ptr, None, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, None, seed_ptr, row, inside, inside,
         sample, routed, threshold, keep_scale,
-        D, R, R_PAD, MIX, U, W, FIRST, G, ACTIVATION, PRECISION, BM, BN,
+        D, R, R_PAD, MIX, U, W, FIRST, G, ACTIVATION, PRECISION, BM, BN, WAIT,
     )  # fmt: skip
     c = tl.arange(0, R_PAD)
     mask = inside[:, None] & (c < R)[None, :]
@@ -98,6 +112,7 @@ def routed_forward(
     SEGMENTS: tl.constexpr, MIX: tl.constexpr, U: tl.constexpr, W: tl.constexpr,
     FIRST: tl.constexpr, G: tl.constexpr, ACTIVATION: tl.constexpr, BASE: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """K1: y = base + b_B + s · act(mix(x̂ Aᵀ + b_A)) Bᵀ, for BM rows of x (M, D) a program.
 
@@ -112,6 +127,7 @@ def routed_forward(
     each segment, and each makes z anew. Bytes: x, base and y once, x_t once; A and B once a
     program; in parts x and A once a part.
     """
+    wait_for_previous(WAIT, "first")
     if is_idle(offsets_ptr, T, MIX, BM):
         return
     row, inside, sample, routed = block_of_rows(row_sample_ptr, offsets_ptr, M, T, MIX, BM)
@@ -124,7 +140,7 @@ def routed_forward(
     z = bottleneck(
         x_ptr, x_r_ptr, A_ptr, b_A_ptr, u_ptr, w_ptr, x_t_ptr, x_v_ptr, seed_ptr, row, inside,
         stored, sample, routed, threshold, keep_scale,
-        D, R, R_PAD, MIX, U, W, FIRST, G, ACTIVATION, PRECISION, BM, BN,
+        D, R, R_PAD, MIX, U, W, FIRST, G, ACTIVATION, PRECISION, BM, BN, WAIT,
     ).to(B_ptr.dtype.element_ty)  # fmt: skip
 
     c = tl.arange(0, R_PAD)

@@ -61,7 +61,8 @@ class Launch:
         in every call, as it does where its internals are not those we know.
         """
         backend = driver.active.get_current_target().backend
-        chosen = {**self.constants, **compiler_options(self.tile, backend)}
+        options = compiler_options(self.tile, backend, self.constants["WAIT"])
+        chosen = {**self.constants, **options}
 
         def slowly(grid: Any, stream: int, tensors: Any, numbers: Any) -> None:
             self.kernel[grid](*tensors, *numbers, **chosen)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .backward import down_backward
 from .mixes import relu
-from .parts import rows_of_sample
+from .parts import rows_of_sample, wait_for_previous
 
 
 @triton.jit
@@ -66,6 +66,7 @@ def vector_gradient(
     keep_scale,
     D: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, ROW_BLOCK: tl.constexpr,
     PAIRS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """out (·, S, R): Σ of each sample's partial sums (·, pairs, R), as of `sample_sums`.
 
@@ -73,6 +74,7 @@ def vector_gradient(
     Grid (blocks of BM samples, operands); where PAIRS is more than 1 (samples, operands): a program
     has one sample, whose partial sums it reads so many at once, in the first of BM rows.
     """
+    wait_for_previous(WAIT, "first")
     which = tl.program_id(1)
     c = tl.arange(0, R_PAD)
     first_pair = which.to(tl.int64) * pairs
@@ -103,13 +105,14 @@ def vector_gradient(
 def matrix_gradient(
     x_t_ptr, dz_ptr, dK_ptr, row_sample_ptr, offsets_ptr, T, rows_per_split, splits,
     G: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """dK (splits, S, G, C, C) = Σ over a split of a sample's rows of first(x_t)ᵀ dz, from x_t and
     dz (M, R).
 
     Grid (S · splits, G, tiles of BN × BN of the C × C). Rows that are not routed count for nothing.
     """
+    wait_for_previous(WAIT, "first")
     C: tl.constexpr = R // G
     TILES: tl.constexpr = tl.cdiv(C, BN)
     b, g, tile = tl.program_id(0) // splits, tl.program_id(1), tl.program_id(2)

@@ -12,6 +12,25 @@ import triton.language as tl
 
 
 @triton.jit
+def wait_for_previous(WAIT: tl.constexpr, HERE: tl.constexpr):
+    """Where WAIT is HERE, waits until the kernel launched before this one has ended.
+
+    WAIT is "none" where the launch itself waits, as launches do. Else this kernel is launched
+    while that one still runs, and waits "first" of all, or "late": behind what it can do without
+    what that one writes. Every program waits, so that a kernel ends after all that came before it.
+
+    A late kernel reads, unasked, what was written before the previous one; so that one must have
+    waited before it lets this one start. "first" kernels do, late ones do not: a late kernel never
+    follows a late one.
+    """
+    if WAIT == HERE:
+        tl.extra.cuda.gdc_wait()
+    if WAIT != "none":
+        if HERE == "first":
+            tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def rows_of_sample(offsets_ptr, sample, T):
     """Where the rows of a sample start and stop."""
     start, stop = sample * T, sample * T + T

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .operands import sample_sums
-from .parts import kept, kept_tile
+from .parts import kept, kept_tile, wait_for_previous
 
 
 @triton.jit
@@ -170,7 +170,7 @@ def weight_partials(
     D: tl.constexpr, N: tl.constexpr, LDY: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
     RANK_PAD: tl.constexpr, SEGMENTS: tl.constexpr, ROW_BLOCK: tl.constexpr,
     WANT_A: tl.constexpr, WANT_b_A: tl.constexpr, WANT_B: tl.constexpr, WANT_b_B: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """K3: one split's part of dA = dx_tᵀ x̂ + dx_vᵀ x̂_r, dB = dyᵀ z and the bias gradients.
 
@@ -179,8 +179,10 @@ def weight_partials(
     a column block; the workspace once.
 
     The visual splits read dx_v, or, where `pairs` is given, sum it up from K2's partial sums
-    (pairs, R), and make dx_r from it where that is wanted.
+    (pairs, R), and make dx_r from it where that is wanted. They alone need the kernel that made
+    dx_v, so where this one waits "late" the others wait at their ends.
     """
+    wait_for_previous(WAIT, "first")
     RANK: tl.constexpr = R // len(SEGMENTS)
     A_BLOCKS: tl.constexpr = tl.cdiv(D, BN) if WANT_A else (1 if WANT_b_A else 0)
     B_BLOCKS: tl.constexpr = tl.cdiv(N, BN)
@@ -204,6 +206,7 @@ def weight_partials(
                 block, D, R, R_PAD, WANT_A, WANT_b_A, 0, PRECISION, BM, BN,
             )  # fmt: skip
         elif x_r_ptr is not None:
+            wait_for_previous(WAIT, "late")
             start = (split - splits) * rows_per_split
             stop = tl.minimum(start + rows_per_split, S)
             if pairs_ptr is not None:
@@ -236,6 +239,7 @@ def weight_partials(
             if WANT_b_B:
                 place = split * (len(SEGMENTS) * N) + i * N + n
                 tl.store(db_B_ptr + place, sums, mask=n < N)
+    wait_for_previous(WAIT, "late")
 
 
 @triton.jit
@@ -256,13 +260,14 @@ def add_up(
 def add_partials(
     partial_ptr, dA_ptr, db_A_ptr, dB_ptr, db_B_ptr, splits, visual, s,
     A_SIZE: tl.constexpr, B_SIZE: tl.constexpr, b_A_SIZE: tl.constexpr, b_B_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """K4: dA, db_A, db_B and s · dB from the workspace, added in the order of the splits, cast.
 
     Grid (blocks of dA, then dB, db_A, db_B). Sizes of sections that are not there are 0. The
     workspace once, each gradient once.
     """
+    wait_for_previous(WAIT, "first")
     # Triton 3.6 cannot add what tl.cdiv returns.
     A_BLOCKS: tl.constexpr = (A_SIZE + BLOCK - 1) // BLOCK
     B_BLOCKS: tl.constexpr = (B_SIZE + BLOCK - 1) // BLOCK

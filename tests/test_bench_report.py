@@ -274,7 +274,7 @@ class TestFigures:
     def test_every_provider_has_a_look_of_its_own(self) -> None:
         from bench.providers import PROVIDERS
 
-        on_request = {"fused-p1", "fused-along", "fused-serial"}
+        on_request = {"fused-p1", "fused-along", "fused-overlapped", "fused-serial"}
         assert set(figures.LOOKS) == set(PROVIDERS) - on_request
         assert len({figures.look(name)[1:] for name in PROVIDERS}) == len(PROVIDERS)
         assert figures.look("new") == figures.look("new")

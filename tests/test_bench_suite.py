@@ -19,10 +19,11 @@ from bench.offline import summary
 from bench.operands import Operands
 from bench.providers import PROVIDERS, Provider
 from bench.results import Record
+from fused_route import coverage
 
 CPU = torch.device("cpu")
 TINY = Case("op", "adapter", "mul", 24, 4, 3, 5, dtype="fp32")
-EAGER = ("reference", "published", "matmul-order", "peft", "frozen", "full")
+EAGER = ("reference", "published", "matmul-order", "peft", "frozen", "full", "copy")
 
 
 def test_every_case_of_a_grid_has_a_name_of_its_own() -> None:
@@ -74,6 +75,7 @@ def test_plain_lora_is_in_every_grid_with_a_base() -> None:
     assert "adapter" in (providers.obstacle("peft", TINY, CPU) or "")
     assert "GPU" in (providers.obstacle("fused", TINY, CPU) or "")
     assert "base" in (providers.obstacle("fused-p1", TINY, CPU) or "")
+    assert "base" in (providers.obstacle("copy", replace(TINY, host="linear"), CPU) or "")
     few = op("adapter", "mul", 768, 64, 2_000)
     for case, why in (
         (few, "GPU"), (op("adapter", "mul", 768, 64, 10_240), "many rows"),
@@ -85,8 +87,17 @@ def test_plain_lora_is_in_every_grid_with_a_base() -> None:
     assert "one way" in (providers.obstacle("fused-serial", short, CPU) or "")
     long = replace(long, S=4, T=8192)
     assert providers.obstacle("fused-serial", long, CPU) == providers.obstacle("fused", long, CPU)
-    for name in ("fused-p1", "fused-along", "fused-serial"):
+    for name in ("fused-p1", "fused-along", "fused-overlapped", "fused-serial"):
         assert not any(name in names for names in run.DEFAULT_PROVIDERS.values())
+
+
+def test_kernels_start_early_where_a_gpu_can() -> None:
+    cuda = torch.device("cuda")
+    with mock.patch.object(coverage, "device_obstacle", lambda device: None):
+        for major, can in ((8, False), (9, True), (10, True), (None, False)):
+            with mock.patch.object(providers, "major_of", lambda device, major=major: major):
+                why = providers.obstacle("fused-overlapped", TINY, cuda)
+            assert (why is None) == can and ("9" in (why or "9"))
 
 
 @pytest.mark.interpret

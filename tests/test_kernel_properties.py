@@ -32,7 +32,8 @@ from fused_route import (
     routed_linear,
 )
 from fused_route.fusion import OF_ONE_VECTOR, Fusion
-from fused_route.plan import Plan, Wanted
+from fused_route.plan import Plan
+from fused_route.sizes import Wanted
 from fused_route.testing import assert_as_good_as_eager
 
 pytestmark = pytest.mark.interpret

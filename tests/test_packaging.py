@@ -161,9 +161,10 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
     "dropout": set(),
     "fusion": {"routes", "routing"},
     "layout": set(),
-    "plan": {"dropout", "fusion", "kernels", "layout"},
-    "ops": {"dropout", "fusion", "layout", "plan"},
-    "autograd": {"__version__", "fusion", "layout", "ops", "plan"},
+    "sizes": set(),
+    "plan": {"dropout", "fusion", "kernels", "layout", "sizes"},
+    "ops": {"dropout", "fusion", "layout", "plan", "sizes"},
+    "autograd": {"__version__", "fusion", "layout", "ops", "plan", "sizes"},
     "coverage": {"reference", "routes", "routing", "routing_input"},
     "fused": {
         "autograd",

@@ -20,7 +20,7 @@ from fused_route import Route, Routing, rank1, routed_adapter, routed_linear
 pytest.importorskip("triton")
 
 from fused_route.kernels.launch import Launch
-from fused_route.plan import cdiv
+from fused_route.sizes import cdiv
 
 pytestmark = pytest.mark.interpret
 

@@ -46,3 +46,16 @@ def store_mask(seed_ptr, out_ptr, threshold, D, BM: tl.constexpr, BK: tl.constex
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     keep = kept(seed_ptr, row, tl.program_id(1) * BK, threshold, 1, BM, BK)
     tl.store(out_ptr + row[:, None] * D + k[None, :], keep)
+
+
+@triton.jit
+def waits_in_its_loop(x, w, y, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """y (BM, BM) = x (BM, K) wᵀ (BM, K), waiting for the kernel before it in every step."""
+    rows, inner = tl.arange(0, BM), tl.arange(0, BK)
+    total = tl.zeros((BM, BM), tl.float32)
+    for k in range(0, K, BK):
+        tl.extra.cuda.gdc_wait()
+        a = tl.load(x + rows[:, None] * K + (k + inner)[None, :])
+        b = tl.load(w + rows[None, :] * K + (k + inner)[:, None])
+        total = tl.dot(a, b, total)
+    tl.store(y + rows[:, None] * BM + rows[None, :], total.to(y.dtype.element_ty))

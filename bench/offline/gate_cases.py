@@ -115,7 +115,7 @@ def all_cases() -> list[Case]:
     for numbers, d, p in product(("bf16", "fp16", "amp"), (768, 1000), (0.0, 0.1)):
         cases += along(numbers, d, p)
     cases += along("bf16", 768, 0.1, mixes=LIGHTER_ALONG)
-    return cases + p3_cases()
+    return cases + early("bf16", (90, 100)) + early("fp32", (90,)) + p3_cases()
 
 
 def along(
@@ -129,6 +129,16 @@ def along(
     layers = layers_of(mixes, d, numbers, p, rows=("fewest", "few"))
     cases = unique([layer for layer in layers if layer.R in ranks], (90,))
     return [case for case in cases if name_of(case) in ("routed_forward", "weight_partials")]
+
+
+EARLY = (*HEAVIEST, ("adapter", "shift", "owned"), ("adapter", "identity", "none"))
+
+
+def early(numbers: str, chips: Sequence[int | str]) -> list[Case]:
+    """Kernels that start before the one before them ends."""
+    p3 = layers_of(P3_HEAVIEST[:1], 768, numbers, plan="p3", starts="early")
+    layers = layers_of(EARLY, 768, numbers, rows=tuple(ROWS), starts="early")
+    return unique(layers + p3, chips)
 
 
 def recomputed(d: int, numbers: str) -> list[Layer]:
@@ -146,7 +156,7 @@ def quick_cases() -> list[Case]:
     """Every row of the tile tables, at each of its mixes once, its chips in turn.
 
     And K1's columns in parts, at one mix; with hidden states in fp32 beside 16 bits, R = 64; and
-    with the image made along, R = 64 and 128.
+    with the image made along, R = 64 and 128; and every kernel that starts early, once.
     """
     cases = []
     for numbers in ("bf16", "fp32"):
@@ -164,7 +174,10 @@ def quick_cases() -> list[Case]:
     cases += in_parts(layers_of(HEAVIEST[:1], 768, "bf16", rows=("fewest",)), (90,))
     mixed = [Layer("adapter", "rank1", "owned", 64, 768, "amp", rows, 0.0) for rows in ROWS]
     cases += [case for case in unique(mixed, (90,)) if name_of(case) in ROW_KERNELS]
-    return cases + along("bf16", 768, 0.1, (64, 128)) + quick_p3_cases()
+    cases += along("bf16", 768, 0.1, (64, 128)) + quick_p3_cases()
+    ways = {(name_of(case), case.specialisation.values["WAIT"]): case
+            for case in early("bf16", (90,)) if case.layer.R == 64}  # fmt: skip
+    return cases + list(ways.values())
 
 
 def quick_p3_cases() -> list[Case]:

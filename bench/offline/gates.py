@@ -3,7 +3,8 @@
 Each case (`gate_cases`) is one specialisation on one chip. It must compile; spill nothing, or no
 more than `most_spills` lets pass; fit into the shared memory of the chip at least once; make its
 products of bf16, fp16 and TF32 with matrix instructions; read matrices 16 bytes at a time wherever
-their rows begin at multiples of 16 bytes (`narrow`); and use no atomics.
+their rows begin at multiples of 16 bytes (`narrow`); use no atomics; and, launched early, wait
+before it reads what the kernel before it writes (`waits`).
 """
 
 import os
@@ -22,6 +23,7 @@ from bench.offline.ahead_of_time import Resources, compiled_for, resources
 from bench.offline.gate_cases import ROW_KERNELS, Case, all_cases, name_of, quick_cases
 from bench.offline.load_widths import Load, loads
 from bench.offline.specialisations import Specialisation
+from bench.offline.waits import too_early
 from fused_route.kernels.config import compiler_options
 
 # Where a load of a matrix may begin: at multiples of these constants of the kernel, in elements.
@@ -51,6 +53,8 @@ STEPS = {
 MOST_MIXED_SPILLS = 48
 # What K1 may spill while it makes x_v, which is a trial with the tiles of K1 alone.
 MOST_SPILLS_ALONG = 18
+# What P3's product may spill where it is launched early, which is a trial: it has no register left.
+MOST_SPILLS_EARLY = 18
 # What may spill besides, with other versions of Triton than 3.8: with 3.6 one row of the selection
 # that `make test` compiles; with 3.9, whose assembler gives registers otherwise, 76 of 6,847 cases.
 # No GPU has told what that costs (docs/decisions.md, 56). By kernel, chip, and whether hidden
@@ -163,6 +167,7 @@ def faults(
         yield f"{count} buffers overwritten while a product reads them"
     if seen.atomics:
         yield f"{seen.atomics} atomics"
+    yield from too_early(specialisation, compiled.asm)
 
 
 def narrow_loads(specialisation: Specialisation, compiled: Any) -> Iterator[str]:
@@ -180,7 +185,8 @@ def check(case: Case, besides: Mapping[tuple[str, int | str, bool], int] = BESID
         besides: what this version of Triton may spill more, by kernel, chip and mixed dtypes.
     """
     s = case.specialisation
-    options = compiler_options(s.tile, "cuda" if isinstance(case.arch, int) else "hip")
+    backend = "cuda" if isinstance(case.arch, int) else "hip"
+    options = compiler_options(s.tile, backend, s.values["WAIT"])
     try:
         compiled = compiled_for(s.function, s.types, s.values, case.arch, **options)
     except Exception as error:  # whatever the compiler stumbles on is a finding
@@ -201,6 +207,8 @@ def most_spills(case: Case, besides: Mapping[tuple[str, int | str, bool], int]) 
         most = max(most, MOST_MIXED_SPILLS)
     if name == "routed_forward" and case.specialisation.types["x_r_ptr"] is not None:
         most = max(most, MOST_SPILLS_ALONG)
+    if name == "extended_product" and case.specialisation.values["WAIT"] != "none":
+        most = max(most, MOST_SPILLS_EARLY)
     return most + besides.get((name, case.arch, is_mixed), 0)
 
 

@@ -57,11 +57,13 @@ def loads(compiled: Any, parameters: list[str]) -> list[Load]:
     ]
 
 
-def _tiles(ttir: str, parameters: list[str]) -> Iterator[tuple[str, int, Place]]:
-    """(parameter, bytes of the tile, place) of each tt.load, scalars left out."""
-    places = _places(ttir)
+READS = ("tt.load", "ttg.async_copy_global_to_local")
+
+
+def reads(code: str, parameters: list[str]) -> Iterator[tuple[str, str]]:
+    """(parameter, line) of each load in Triton's intermediate code, in the order of the text."""
     source: dict[str, str] = {}  # value -> the parameter that a pointer comes from
-    for line in ttir.splitlines():
+    for line in code.splitlines():
         if "tt.func" in line:
             names = re.findall(r"(%\w+): ", line)
             source = dict(zip(names, parameters, strict=True))
@@ -71,16 +73,23 @@ def _tiles(ttir: str, parameters: list[str]) -> Iterator[tuple[str, int, Place]]
         step = re.match(r"\s*(%\w+)(?::\d+)? = ([\w.]+) (%\w+)", line)
         if step is None or step[3] not in source:
             continue
-        if step[2] != "tt.load":
+        if step[2] in READS:
+            yield source[step[3]], line
+        else:
             source[step[1]] = source[step[3]]
-            continue
+
+
+def _tiles(ttir: str, parameters: list[str]) -> Iterator[tuple[str, int, Place]]:
+    """(parameter, bytes of the tile, place) of each tt.load, scalars left out."""
+    places = _places(ttir)
+    for parameter, line in reads(ttir, parameters):
         tile = re.search(r": tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)>", line)
         location = re.search(r"loc\((#loc\d*)\)", line)
         if tile is not None and location is not None:
             size = int(tile[2]) // 8
             for extent in tile[1].split("x")[:-1]:
                 size *= int(extent)
-            yield source[step[3]], size, places(location[1])
+            yield parameter, size, places(location[1])
 
 
 def _places(ttir: str) -> Any:

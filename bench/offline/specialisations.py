@@ -17,13 +17,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.configured import along_with_few_rows, configured
+from bench.configured import along_with_few_rows, configured, wherever_it_can
 from fused_route import ops
 from fused_route.fusion import Fusion
 from fused_route.kernels.config import Tile
 from fused_route.kernels.launch import Launch
 from fused_route.ops import Inputs
-from fused_route.plan import Wanted
+from fused_route.sizes import Wanted
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
@@ -129,7 +129,7 @@ class Layer:
     An adapter has biases and gelu; of two segments each is routed by itself. x_t goes through relu
     before the mix. Every mix but "matrix" can own its image; "along" is such an image, made by K1
     where rows are few, on any chip. plan: of a frozen base, whose weight lies by rows or by columns
-    (by_columns).
+    (by_columns). starts: whether kernels start "after" the one before them, or "early".
     """
 
     host: str
@@ -143,6 +143,7 @@ class Layer:
     x_t: str = "saved"
     plan: str = "p1"
     by_columns: bool = False
+    starts: str = "after"
 
     def fusion(self) -> Fusion:
         base, of, segments = HOSTS[self.host]
@@ -204,10 +205,15 @@ def launched_by(layer: Layer, major: int | None = None) -> dict[Specialisation, 
     """What one forward and one backward pass launch, on a GPU of this major compute capability."""
     f, longest = layer.fusion(), LONGEST[layer.rows]
     t = layer.inputs(f)
+    entries: dict[str, Any] = {}
+    if layer.image == "along":
+        entries["image"] = along_with_few_rows
+    if layer.starts == "early":
+        entries["overlaps"] = wherever_it_can
     with (
         recorded() as seen,
         mock.patch.object(ops, "major_of", lambda device: major),
-        configured(image=along_with_few_rows) if layer.image == "along" else nullcontext(),
+        configured(**entries) if entries else nullcontext(),
     ):
         plan = ops.plan_for(f, t)
         y, x_t, x_v = ops.forward(plan, t, longest, 0.5, layer.x_t == "saved", True)

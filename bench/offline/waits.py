@@ -1,0 +1,47 @@
+"""Whether a compiled kernel that is launched early waits before it touches what it must not.
+
+`fused_route.kernels.parts.wait_for_previous` says where kernels wait. Whether they still do so
+when compilers have moved loads about is read from what they make: a load in a loop that is
+pipelined has been seen to come before a wait inside of it (Triton 3.7, sm_90).
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from bench.offline.load_widths import reads
+from bench.offline.specialisations import Specialisation
+
+WAIT = "griddepcontrol.wait"
+START = "griddepcontrol.launch_dependents"
+MEMORY = re.compile(r"\b(?:ld|st|red|atom)\.global|\bcp\.(?:async|reduce)")
+# What the kernel launched before a late one writes: K0 x_v, which K1 has as u and w; the sums dx_v.
+WRITTEN = ("u_ptr", "w_ptr", "dx_v_ptr")
+
+
+def too_early(specialisation: Specialisation, asm: dict[str, Any]) -> Iterator[str]:
+    """Everything that is wrong with how a kernel waits; nothing where its launch waits for it."""
+    how = specialisation.values["WAIT"]
+    before, wait, _ = asm["ptx"].partition(WAIT) if "ptx" in asm else ("", "", "")
+    if how == "none":
+        if wait:
+            yield "waits, though its launch does"
+        return
+    if not wait:
+        yield "never waits"
+    elif how == "first" and MEMORY.search(before):
+        yield "touches memory before it waits"
+    elif how == "late":
+        parameters = [name for name, kind in specialisation.arguments if kind is not None]
+        for name in sorted(read_before(asm["ttgir"], parameters) & set(WRITTEN)):
+            yield f"reads {name} before it waits"
+    if START not in asm["ptx"]:
+        yield "never lets the next kernel start"
+
+
+def read_before(ttgir: str, parameters: list[str]) -> set[str]:
+    """The parameters that are read above the first wait, in the order of the text.
+
+    Branches stand one below the other: a wait in one counts for those below it, too.
+    """
+    return {parameter for parameter, _ in reads(ttgir.partition(WAIT)[0], parameters)}
