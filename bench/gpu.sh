@@ -4,10 +4,10 @@
 #     bench/gpu.sh [tests|ops|peers|autotune|long|models|steps|memory|generate|profile|sanitize|all]
 #
 # tests    the gpu-marked smoke tests, in at most 440 s; the log has each result as it comes
-# ops      the headline operations, 117 records of 1.24 s (0.12 s a timing): 145 s beside warming,
+# ops      the headline operations, 139 records of 1.24 s (0.12 s a timing): 172 s beside warming,
 #          which has at most half of 400 s. One process; PROCESSES=2, then 3, in later calls adds one
-# peers    the same against every way to compute them, torch.compile as it is and plan P1 too: 143
-#          records, 180 s beside warming; after ops 26, 33 s
+# peers    the same against every way to compute them, torch.compile as it is and plan P1 too: 165
+#          records, 205 s beside warming; after ops 26, 33 s
 # autotune mode max-autotune beside two others at three shapes of 32,768 rows: up to 10 s a product,
 #          80 s a shape, not warmed, since choices are timed; in at most 360 s
 # long     32,768 rows in few samples, and with their gradients as before decision 57, in 240 s

@@ -21,7 +21,7 @@ from .dropout import keep_mask as keep_mask
 from .fusion import Fusion
 from .layout import layout_of, readable
 from .plan import Plan, chosen_plan, is_many, major_of
-from .sizes import Sizes, Wanted
+from .sizes import Sizes, Sums, Wanted
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,8 +110,10 @@ def forward(
     sizes = sizes_of(plan, t, t.x.numel() // plan.D, longest)
     by_p3 = extends(plan, t.weight)
     is_along = plan.is_along and not by_p3
-    # Before K0, behind which K1 need not wait for what came before (`Plan.late`).
-    y, base = (None, None) if by_p3 else _output(plan, t)
+    # Before K0, behind which K1 need not wait for what came before (`Plan.late`): the frozen
+    # product, and all new memory, which an older kernel may still have read when K1 writes it.
+    y, base = _output(plan, t, by_p3)
+    x_t, z = (t.A.new_empty(sizes.M, R) if has else None for has in (want_x_t, by_p3))
     u, w, x_v = t.u, t.w, None
     if f.image == "owned" and (want_x_v or not is_along):
         x_v = t.A.new_empty(sizes.S, R)
@@ -119,9 +121,9 @@ def forward(
         assert t.x_r is not None and x_v is not None
         plan.project(t.x_r, t.A, t.b_A, t.seed, x_v, "x_r")
         u, w = _of_x_v(f, x_v)
-    x_t = t.A.new_empty(sizes.M, R) if want_x_t else None
-    if y is None:
-        return _extended_forward(plan, t, sizes, s, u, w, x_t), x_t, x_v
+    if z is not None:
+        _extended_forward(plan, t, sizes, s, u, w, x_t, z, y)
+        return y, x_t, x_v
     x_r, made = (t.x_r, x_v) if is_along else (None, None)
     read = (t.x, x_r, t.A, t.b_A, u, w, t.B, t.b_B, base)
     written = (y, x_t, made, t.seed, t.row_sample, t.offsets)
@@ -151,20 +153,19 @@ def _extended_forward(
     u: Tensor | None,
     w: Tensor | None,
     x_t: Tensor | None,
-) -> Tensor:
-    """y (…, of·N) by P3: z (M, R), then one product over x and z."""
+    z: Tensor,
+    y: Tensor,
+) -> None:
+    """P3: z (M, R), then y (…, of·N) by one product over x and z."""
     assert t.weight is not None
-    z = t.A.new_empty(sizes.M, plan.R)
     plan.bottleneck(
         x_t is None,
         sizes.bottleneck_grid,
         (t.x, t.A, t.b_A, u, w, x_t, z, t.seed, t.row_sample, t.offsets),
         sizes.rows,
     )
-    y = t.x.new_empty(*t.x.shape[:-1], plan.f.of * plan.N)
     bias = None if t.bias is None else readable(t.bias)  # torch's product takes any layout
     plan.extended_product("forward", t.x, t.weight, bias, z, t.B, y, None, s)
-    return y
 
 
 def _of_x_v(f: Fusion, x_v: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -172,9 +173,11 @@ def _of_x_v(f: Fusion, x_v: Tensor | None) -> tuple[Tensor | None, Tensor | None
     return None if f.u == "one" else x_v, None if f.w == "one" else x_v
 
 
-def _output(plan: Plan, t: Inputs) -> tuple[Tensor, Tensor | None]:
-    """y, and the base that the kernel reads: y itself where it is written in place."""
+def _output(plan: Plan, t: Inputs, by_p3: bool) -> tuple[Tensor, Tensor | None]:
+    """y, and the base that K1 reads, which P3 has not: y itself where it is written in place."""
     base = plan.f.base
+    if by_p3:
+        return t.x.new_empty(*t.x.shape[:-1], plan.f.of * plan.N), None
     if base == "residual":
         return torch.empty_like(t.x), t.x
     if base == "frozen":
@@ -238,7 +241,8 @@ def backward(
     needs_operand = wanted.u or wanted.w if f.image == "operand" else wanted.x_r or needs_dx_t
     needs_operand = needs_operand and f.mix != "identity"
     if not (wanted.x_h or wanted.B or needs_dx_t or needs_operand):  # b_B alone
-        return Gradients(None, None, None, None, *_weights(plan, t, sizes, wanted, s, dy))
+        sums = _weight_sums(plan, t, sizes, wanted, False)
+        return Gradients(None, None, None, None, *_weights(plan, t, sums, wanted, s, dy))
 
     if x_t is None:
         x_t = new(M, R)
@@ -267,8 +271,11 @@ def backward(
         dx = dy.new_empty(*dy.shape[:-1], plan.D)
         keep_scale = plan.dropout[1]
         plan.extended_product("backward", dy, t.weight, None, dx_t, t.A, dx, t.seed, keep_scale)
+    # Before the image's sums, behind which K3 writes early, as K1 behind K0.
+    has_x_r = f.image == "owned" and partial is not None and needs_dx_t
+    sums = _weight_sums(plan, t, sizes, wanted, has_x_r)
     du, dw, dx_r, of_image = _operand_gradients(plan, t, sizes, x_t, dz, partial, wanted)
-    of_weights = _weights(plan, t, sizes, wanted, s, dy, z, dx_t, of_image)
+    of_weights = _weights(plan, t, sums, wanted, s, dy, z, dx_t, of_image)
     return Gradients(dx, dx_r, du, dw, *of_weights)
 
 
@@ -334,10 +341,34 @@ def _operand_gradients(
     return du, None if dw is None else dw.view(sizes.S, plan.R), None, NO_IMAGE
 
 
+class WeightSums(NamedTuple):
+    """How K3 and K4 make dA, db_A, dB and db_B, those that are wanted, and where."""
+
+    sums: Sums
+    partial: Tensor
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _weight_sums(
+    plan: Plan, t: Inputs, sizes: Sizes, wanted: Wanted, has_x_r: bool
+) -> WeightSums | None:
+    """None where nothing of it is wanted."""
+    if not (wanted.A or wanted.b_A or wanted.B or wanted.b_B):
+        return None
+    sums = plan.sums(sizes, wanted, has_x_r)
+    outputs = (
+        torch.empty_like(t.A) if wanted.A else None,
+        t.A.new_empty(plan.R) if wanted.b_A else None,
+        torch.empty_like(t.B) if wanted.B else None,
+        t.B.new_empty(plan.g * plan.N) if wanted.b_B else None,
+    )
+    return WeightSums(sums, t.A.new_empty(sums.length, dtype=torch.float32), outputs)
+
+
 def _weights(
     plan: Plan,
     t: Inputs,
-    sizes: Sizes,
+    of: WeightSums | None,
     wanted: Wanted,
     s: float,
     dy: Tensor,
@@ -346,21 +377,17 @@ def _weights(
     of_image: OfImage = NO_IMAGE,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dA, db_A, dB, db_B."""
-    dA = torch.empty_like(t.A) if wanted.A else None
-    db_A = t.A.new_empty(plan.R) if wanted.b_A else None
-    dB = torch.empty_like(t.B) if wanted.B else None
-    db_B = t.B.new_empty(plan.g * plan.N) if wanted.b_B else None
-    if wanted.A or wanted.b_A or wanted.B or wanted.b_B:
-        dx_v, pairs, dx_r = of_image if wanted.A or wanted.b_A else NO_IMAGE
-        has_x_r = dx_v is not None or pairs is not None
-        A, offsets = (None, None) if pairs is None else (t.A, t.offsets)
-        inputs = (
-            *(t.x if wanted.A else None, dx_t, t.x_r if has_x_r else None, dx_v),
-            *(pairs, A, dx_r, dy, z, t.seed, offsets),
-        )
-        sums = plan.sums(sizes, wanted, has_x_r)
-        plan.weight_gradients(sums, inputs, (dA, db_A, dB, db_B), s, dy)
-    return dA, db_A, dB, db_B
+    if of is None:
+        return None, None, None, None
+    dx_v, pairs, dx_r = of_image if wanted.A or wanted.b_A else NO_IMAGE
+    has_x_r = dx_v is not None or pairs is not None
+    A, offsets = (None, None) if pairs is None else (t.A, t.offsets)
+    inputs = (
+        *(t.x if wanted.A else None, dx_t, t.x_r if has_x_r else None, dx_v),
+        *(pairs, A, dx_r, dy, z, t.seed, offsets),
+    )
+    plan.weight_gradients(of.sums, (*inputs, of.partial), of.outputs, s)
+    return of.outputs
 
 
 def _zeros(plan: Plan, t: Inputs, dy: Tensor, wanted: Wanted) -> Gradients:

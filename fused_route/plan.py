@@ -334,7 +334,7 @@ class Plan:
     def _weights(self, wanted: Wanted, behind_dx_v: bool) -> tuple[Any, Any, tuple[int, ...]]:
         """K3 and K4 for the wanted gradients, and the lengths of dA, dB, db_A and db_B.
 
-        behind_dx_v: whether K3 follows the kernel that made dx_v.
+        behind_dx_v: whether K3 follows the kernel that made dx_v, and is given that.
         """
         config = kernels().config
         lengths = {
@@ -354,14 +354,10 @@ class Plan:
         add = kernels().Launch(kernels().add, config.ADD, add)
         return partials, add, tuple(lengths.values())
 
-    def weight_gradients(
-        self, sums: Sums, inputs: Given, outputs: Given, s: float, like: Tensor
-    ) -> None:
-        """K3 with (x, dx_t, x_r, dx_v, its partial sums, A, dx_r, dy, z, seed, offsets), then K4 to
-        (dA, db_A, dB, db_B).
+    def weight_gradients(self, sums: Sums, tensors: Given, outputs: Given, s: float) -> None:
+        """K3 with (x, dx_t, x_r, dx_v, its partial sums, A, dx_r, dy, z, seed, offsets, workspace),
+        then K4 to (dA, db_A, dB, db_B).
         """
-        partial = torch.empty(sums.length, dtype=torch.float32, device=like.device)
-        tensors = (*inputs, partial)
-        absent = (inputs[3] is None, inputs[4] is None, inputs[6] is None)
+        absent = (tensors[3] is None, tensors[4] is None, tensors[6] is None)
         sums.partials(absent, sums.partials_grid, tensors, sums.partials_numbers)
-        sums.add(None, sums.add_grid, (partial, *outputs), (*sums.add_numbers, s))
+        sums.add(None, sums.add_grid, (tensors[-1], *outputs), (*sums.add_numbers, s))

@@ -26,7 +26,8 @@ class Tile:
     registers: how many of them a thread may have on NVIDIA, where the compiler's own choice is so
     few, for the sake of one more program, that it spills. residual: how the 16-bit residual of an
     adapter comes to the sum, "added" or "multiplied" with the unit matrix (`parts.plus_base`).
-    spills: how many the gates let pass, of a tile that was measured to be faster in spite of them.
+    spills: how many the gates let pass, of a tile that was measured to be faster in spite of them,
+    or where no other was found.
     """
 
     BM: int
@@ -195,14 +196,16 @@ class ProductTile(Tile):
 
 # P3's product by bytes of an element: (few rows, many rows). It steps through the bottleneck as
 # through the inner width, so that its registers and shared memory do not grow with R. These fit
-# every GPU, the smallest with 99 KB of shared memory a program, and AMD's with 64 KB.
+# every GPU, the smallest with 99 KB of shared memory a program, and AMD's with 64 KB. In 4 bytes
+# some spill, by the compiler's choice; limits of registers that mend those make others spill.
 PRODUCTS: dict[int, tuple[ProductTile, ProductTile]] = {
     2: (ProductTile(64, 64, 4, 4, BK=64), ProductTile(128, 128, 8, 3, BK=64)),
-    4: (ProductTile(32, 64, 8, 3, BK=32), ProductTile(64, 64, 4, 3, BK=32)),
+    4: (ProductTile(32, 64, 8, 3, spills=4, BK=32), ProductTile(64, 64, 4, 3, spills=2, BK=32)),
 }
-# Instead, by (major compute capability, bytes of an element): 192 KB of shared memory.
+# Instead, by (major compute capability, bytes of an element): 192 KB of shared memory. Backward,
+# with dropout, it has all registers, and of one segment at R = 256 it spills.
 LARGE_PRODUCTS: dict[tuple[int | None, int], tuple[ProductTile, ProductTile]] = {
-    (9, 2): (PRODUCTS[2][0], ProductTile(128, 256, 8, 4, BK=64)),
+    (9, 2): (PRODUCTS[2][0], ProductTile(128, 256, 8, 4, spills=18, BK=64)),
 }
 
 # Where P3 takes less time than torch's product and K1, forward and backward together: by major

@@ -13,15 +13,16 @@ import triton.language as tl
 
 @triton.jit
 def wait_for_previous(WAIT: tl.constexpr, HERE: tl.constexpr):
-    """Where WAIT is HERE, waits until the kernel launched before this one has ended.
+    """Waits, where WAIT is HERE, until the kernel launched before this one has ended, and lets the
+    next one start.
 
     WAIT is "none" where the launch itself waits, as launches do. Else this kernel is launched
     while that one still runs, and waits "first" of all, or "late": behind what it can do without
     what that one writes. Every program waits, so that a kernel ends after all that came before it.
 
-    A late kernel reads, unasked, what was written before the previous one; so that one must have
-    waited before it lets this one start. "first" kernels do, late ones do not: a late kernel never
-    follows a late one.
+    A late kernel reads, unasked, what was written before the previous one, and writes memory that
+    was given out before the previous one was launched; so that one must have waited before it lets
+    this one start. "first" kernels do, late ones do not: a late kernel never follows a late one.
     """
     if WAIT == HERE:
         tl.extra.cuda.gdc_wait()

@@ -371,6 +371,13 @@ def test_the_sums_of_the_image_are_launched_where_they_are_timed() -> None:
             assert config.image(9, 2, False) == "apart"
 
 
+def test_a_kernel_that_is_timed_starts_when_the_one_before_has_ended() -> None:
+    with mock.patch.object(config, "OVERLAPS", frozenset({9})):
+        assert config.overlaps(9)
+        with tile_trials.overridden(CELL, OTHER):
+            assert not config.overlaps(9)
+
+
 def test_copies_share_what_the_arguments_share() -> None:
     x, y = torch.zeros(64), torch.zeros(8)
     made = tile_trials.copies((None, (1, 1, 1), (x, None, x, y), (3,)), cached=1000)

@@ -17,8 +17,9 @@ import pytest
 import torch
 import triton.language as tl
 from interpreter import Traffic
-from kernel_cases import Call, Layer, gradients, run, trained
+from kernel_cases import Call, Layer, P, gradients, run, trained
 from tile_tables import launched
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.interpreter import interpreter_builder
@@ -41,19 +42,30 @@ FOLLOWS = {
 
 
 class BeforeWaiting(Traffic):
-    """What a launch moves "early", before the program waits, and later; which programs wait."""
+    """What a launch moves "early", before the program waits, and later; which programs wait, which
+    let the next kernel start, and which of those had not waited before.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.waited: set[int] = set()
         self.started: set[int] = set()
+        self.hasty: set[int] = set()
 
     def __enter__(self) -> "BeforeWaiting":
         super().__enter__()
-        for name, noted in (("gdc_wait", self.waited), ("gdc_launch_dependents", self.started)):
-            note = mock.patch.object(GDC, name, lambda noted=noted: noted.add(program()))
-            self._patches.enter_context(note)
+        notes = {
+            "gdc_wait": lambda: self.waited.add(program()),
+            "gdc_launch_dependents": self._start,
+        }
+        for name, note in notes.items():
+            self._patches.enter_context(mock.patch.object(GDC, name, note))
         return self
+
+    def _start(self) -> None:
+        self.started.add(program())
+        if program() not in self.waited:
+            self.hasty.add(program())
 
     def _move(self, way: str, builder: Any, pointers: Any, mask: Any) -> None:
         when = "later" if program() in self.waited else "early"
@@ -70,14 +82,16 @@ def program() -> int:
 class Seen:
     """One launch: its kernel, how it waits, and the tensors that it has, loads and stores, in time.
 
-    behind: whether torch computed something between the launch before and this one.
+    is_hasty: whether it lets the next kernel start before it has waited.
+    behind: what torch did between the launch before and this one.
     """
 
     kernel: str
     wait: str
     given: set[str]
     touched: set[tuple[str, str]]
-    behind: bool
+    is_hasty: bool
+    behind: list[str]
 
     def did(self, *what: str) -> set[str]:
         """The tensors that it did one of these to: "ld early", "st early", "st later"."""
@@ -85,16 +99,19 @@ class Seen:
 
 
 class Computing(TorchDispatchMode):
-    """Whether torch has computed anything, memory and views aside, outside of our launches."""
+    """What torch does outside of our launches, views aside. New memory is among it: it may be some
+    that an earlier kernel still reads, and torch fills it where it is to be deterministic.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.has, self.ours = False, False
+        self.done: list[str] = []
+        self.ours = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if not (self.ours or "empty" in name or func.is_view or name == "detach"):
-            self.has = True
+        if not (self.ours or func.is_view or name == "detach"):
+            self.done.append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -120,8 +137,9 @@ def early() -> Iterator[list[Seen]]:
         everyone = set(range(grid[0] * grid[1] * grid[2]))
         assert moved.waited == moved.started == everyone
         kernel, wait = self.kernel.fn.__name__, self.constants["WAIT"]
-        seen.append(Seen(kernel, wait, set(given), touched, computing.has))
-        computing.has = computing.ours = False
+        hasty, done = bool(moved.hasty), computing.done
+        seen.append(Seen(kernel, wait, set(given), touched, hasty, done))
+        computing.done, computing.ours = [], False
 
     with (
         configured(overlaps=lambda major: True), mock.patch.object(Launch, "__call__", noted),
@@ -149,19 +167,36 @@ def test_nothing_is_touched_that_the_kernel_before_may_still_use(
 ) -> None:
     call = Call(Routing(route), **more)
     t = trained(layer, call)
-    plain = gradients(run(layer, call, t, 0.0, "triton"), t)
+    for name in call.frozen:
+        t[name].requires_grad_(False)
+    leaves = {name: tensor for name, tensor in t.items() if tensor.requires_grad}
+
+    def results() -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        return gradients(run(layer, call, t, P if call.drops else 0.0, "triton"), leaves)
+
+    plain = results()
     with early() as seen:
-        overlapped = gradients(run(layer, call, t, 0.0, "triton"), t)
+        overlapped = results()
     for name, value in plain.items():
         assert torch.equal(value, overlapped[name]), name
+    check(seen)
+    with torch.no_grad(), early() as seen:
+        y = run(layer, call, t, 0.0, "triton")
+    assert call.drops or torch.equal(y, plain["y"])
+    check(seen)
+
+
+def check(seen: list[Seen]) -> None:
+    """Nothing is touched early that the launch before may still use."""
     for this in seen:
-        assert this.wait == "late" or not this.did("ld early", "st early"), this
+        hasty = this.is_hasty or this.did("ld early", "st early")
+        assert this.wait == "late" or not hasty, this
     assert seen[0].wait == "first"
     for before, this in pairwise(seen):
         if this.wait == "late":
-            assert (
-                before.wait == "first" and not this.behind and this.kernel in FOLLOWS[before.kernel]
-            )
+            assert before.wait == "first" and this.kernel in FOLLOWS[before.kernel]
+            assert not this.behind, this
             assert not this.did("ld early") & before.did("st early", "st later"), this
             assert not this.did("st early") & before.given, this
 

@@ -47,7 +47,10 @@ def code(before: str = "", wait: str = "griddepcontrol.wait;", **ttgir: str) -> 
     ("first", code("@%p1 st.global.v4.b32 [%rd1], %r1;"), ["touches memory before it waits"]),
     ("first", code("cp.async.cg.shared.global [%r1], [%rd1], 0x10;"),
      ["touches memory before it waits"]),
-    ("late", code("ld.global.b32 %r1, [%rd1];", late=LOAD), []),
+    ("first", code("griddepcontrol.launch_dependents;"),
+     ["lets the next kernel start before it waits"]),
+    ("first", {"amdgcn": "global_load_dword"}, ["never waits"]),
+    ("late", code("ld.global.b32 %r1, [%rd1]; griddepcontrol.launch_dependents;", late=LOAD), []),
     ("late", code(early=LOAD), ["reads u_ptr before it waits"]),
 ])  # fmt: skip
 def test_what_is_wrong_is_said(how: str, asm: dict[str, Any], expected: list[str]) -> None:
@@ -91,7 +94,7 @@ def test_kernels_ask_to_be_launched_early() -> None:
         "vector_gradient": "first", "weight_partials": "late", "add_partials": "first",
     }  # fmt: skip
     (K1,) = (s for s in launches if "routed_forward" in s.kernel)
-    assert check(Case(layer, K1, 90)).faults == []
+    assert [check(Case(layer, s, 90)).faults for s in launches] == [[]] * 6
     options = config.compiler_options(K1.tile, "cuda", "late")
     assert options["launch_pdl"] is True
     assert compiled_for(K1.function, K1.types, K1.values, 90, **options).metadata.launch_pdl

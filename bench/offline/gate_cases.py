@@ -67,10 +67,11 @@ def product_cases(
 ) -> list[Case]:
     """P3's product, forward with a bias and backward with dropout, of weights by rows, by columns.
 
-    Of two segments, R = 256 takes several steps through the bottleneck; 16 half of one.
+    R = 256 takes several steps through the bottleneck; 16 half of one.
     """
     layers = [
-        Layer("frozen_qv", "rank1", "owned", R, d, numbers, rows, plan="p3", by_columns=by_columns)
+        Layer(host, "rank1", "owned", R, d, numbers, rows, plan="p3", by_columns=by_columns)
+        for host in ("frozen_qv", "frozen")
         for d in widths
         for rows in ("few", "many")
         for by_columns in (False, True)

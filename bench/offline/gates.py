@@ -53,8 +53,6 @@ STEPS = {
 MOST_MIXED_SPILLS = 48
 # What K1 may spill while it makes x_v, which is a trial with the tiles of K1 alone.
 MOST_SPILLS_ALONG = 18
-# What P3's product may spill where it is launched early, which is a trial: it has no register left.
-MOST_SPILLS_EARLY = 18
 # What may spill besides, with other versions of Triton than 3.8: with 3.6 one row of the selection
 # that `make test` compiles; with 3.9, whose assembler gives registers otherwise, 76 of 6,847 cases.
 # No GPU has told what that costs (docs/decisions.md, 56). By kernel, chip, and whether hidden
@@ -207,8 +205,6 @@ def most_spills(case: Case, besides: Mapping[tuple[str, int | str, bool], int]) 
         most = max(most, MOST_MIXED_SPILLS)
     if name == "routed_forward" and case.specialisation.types["x_r_ptr"] is not None:
         most = max(most, MOST_SPILLS_ALONG)
-    if name == "extended_product" and case.specialisation.values["WAIT"] != "none":
-        most = max(most, MOST_SPILLS_EARLY)
     return most + besides.get((name, case.arch, is_mixed), 0)
 
 

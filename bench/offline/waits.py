@@ -20,7 +20,11 @@ WRITTEN = ("u_ptr", "w_ptr", "dx_v_ptr")
 
 
 def too_early(specialisation: Specialisation, asm: dict[str, Any]) -> Iterator[str]:
-    """Everything that is wrong with how a kernel waits; nothing where its launch waits for it."""
+    """Everything that is wrong with how a kernel waits; nothing where its launch waits for it.
+
+    Of a late one its reads of what the kernel before it wrote, up to its first wait; all else of it
+    is seen in the interpreter alone (tests/test_overlap.py).
+    """
     how = specialisation.values["WAIT"]
     before, wait, _ = asm["ptx"].partition(WAIT) if "ptx" in asm else ("", "", "")
     if how == "none":
@@ -29,9 +33,13 @@ def too_early(specialisation: Specialisation, asm: dict[str, Any]) -> Iterator[s
         return
     if not wait:
         yield "never waits"
-    elif how == "first" and MEMORY.search(before):
-        yield "touches memory before it waits"
-    elif how == "late":
+        return
+    if how == "first":
+        if MEMORY.search(before):
+            yield "touches memory before it waits"
+        if START in before:
+            yield "lets the next kernel start before it waits"
+    else:
         parameters = [name for name, kind in specialisation.arguments if kind is not None]
         for name in sorted(read_before(asm["ttgir"], parameters) & set(WRITTEN)):
             yield f"reads {name} before it waits"
