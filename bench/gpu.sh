@@ -7,7 +7,7 @@
 # ops      the headline operations, 139 records of 1.24 s (0.12 s a timing): 172 s beside warming,
 #          which has at most half of 400 s. One process; PROCESSES=2, then 3, in later calls adds one
 # peers    the same against every way to compute them, torch.compile as it is and plan P1 too: 165
-#          records, 205 s beside warming; after ops 26, 33 s
+#          records, 205 s beside warming, which has at most half of 430 s; after ops 26, 33 s
 # autotune mode max-autotune beside two others at three shapes of 32,768 rows: up to 10 s a product,
 #          80 s a shape, not warmed, since choices are timed; in at most 360 s
 # long     32,768 rows in few samples, and with their gradients as before decision 57, in 240 s
@@ -50,8 +50,9 @@ for layer in kernels training; do
 done
 
 RESULT=$WORK/results.json
-FEW="--provider reference --provider compile-folded --provider matmul-order --provider fused --provider fused-along --provider fused-overlapped"
-EVERY="$FEW --provider published --provider peft --provider frozen --provider full --provider copy"
+FEW="--provider reference --provider compile-folded --provider matmul-order --provider fused"
+TRIALS="--provider fused-along --provider fused-overlapped"
+EVERY="$FEW $TRIALS --provider published --provider peft --provider frozen --provider full --provider copy"
 PEERS="$EVERY --provider compile --provider fused-p1"
 LONG_WAYS="--provider reference --provider compile-folded --provider fused --provider fused-serial"
 MODEL_WAYS="--provider reference --provider fused --provider peft --provider frozen"
@@ -171,7 +172,7 @@ trap 'interrupted=130; summarise' INT
 case $part in
     tests) tests 440;;
     ops) ops 440 --processes "${PROCESSES:-1}" --seconds 0.12 $EVERY;;
-    peers) peers 440 --processes 1 --seconds 0.12 $PEERS;;
+    peers) peers 470 --processes 1 --seconds 0.12 $PEERS;;
     autotune) autotune 360 --processes 1 --seconds 0.12;;
     long) long 240;;
     models) models 440 --processes 2;;
@@ -182,7 +183,7 @@ case $part in
     sanitize) sanitize 120;;
     all)
         tests 170
-        ops 290 --processes 2 --seconds 0.2 $FEW
+        ops 290 --processes 2 --seconds 0.15 $FEW
         models 80 --processes 1 --case 'step/gpt2/qkv/*' --case 'step/tiny/*'
         ;;
 esac

@@ -121,7 +121,7 @@ class Plan:
         }
         self._launch_routed({**self.to_segments, "SEGMENTS": f.segments, **mix}, x_dtype == dtype)
         behind_x_v = self.late if f.image == "owned" else self.wait
-        self.bottleneck = self._launch("bottleneck", {**bottleneck, **mix, "WAIT": behind_x_v})
+        self.bottleneck = self._launch("bottleneck", {**bottleneck, **mix}, wait=behind_x_v)
         row_block = {"ROW_BLOCK": self.tiles["backward"].BM}
         by_pairs = {**bottleneck, **row_block}
         self.vectors = self._launch("vectors", {**by_pairs, "PAIRS": 1})
@@ -147,17 +147,20 @@ class Plan:
             for name in ("forward", "backward")
         }
         behind_x_v = self.f.image == "owned" and not self.is_along
-        wait = {"WAIT": self.late if behind_x_v else self.wait}
-        forward = {**constants, **base["forward"], **wait}
-        self.forward = self._launch("forward", {**forward, "COLUMNS": "whole"})
+        wait = self.late if behind_x_v else self.wait
+        forward = {**constants, **base["forward"]}
+        whole, parts = {**forward, "COLUMNS": "whole"}, {**forward, "COLUMNS": "parts"}
+        self.forward = self._launch("forward", whole, wait=wait)
         alone = kernels().config.alone(self.tiles["forward"])
-        self.forward_in_parts = self._launch("forward", {**forward, "COLUMNS": "parts"}, alone)
+        self.forward_in_parts = self._launch("forward", parts, alone, wait)
         self.backward = self._launch("backward", {**constants, **base["backward"]})
 
-    def _launch(self, name: str, constants: dict[str, Any], tile: Any = None) -> Any:
+    def _launch(
+        self, name: str, constants: dict[str, Any], tile: Any = None, wait: str | None = None
+    ) -> Any:
         tile = tile or self.tiles[name]
         chosen = {"PRECISION": self.f.products, "BM": tile.BM, "BN": tile.BN}
-        constants = {"WAIT": self.wait, **constants, **chosen}
+        constants = {**constants, **chosen, "WAIT": wait or self.wait}
         return kernels().Launch(getattr(kernels(), name), tile, constants)
 
     @cache  # noqa: B019  plans live as long as the process
@@ -347,9 +350,9 @@ class Plan:
         want = {f"WANT_{name}": getattr(wanted, name) for name in ("A", "b_A", "B", "b_B")}
         # Where K3 does not need it, the same for few and many rows: they may share the kernel.
         row_block = {"ROW_BLOCK": self.tiles["backward"].BM if self.is_along else 1}
-        wait = {"WAIT": self.late if behind_dx_v else self.wait}
-        constants = {**self.to_segments, **rank, **row_block, **want, **wait}
-        partials = self._launch("weights", constants)
+        constants = {**self.to_segments, **rank, **row_block, **want}
+        wait = self.late if behind_dx_v else self.wait
+        partials = self._launch("weights", constants, wait=wait)
         add = {**lengths, "BLOCK": config.ADD.BN, "WAIT": self.wait}
         add = kernels().Launch(kernels().add, config.ADD, add)
         return partials, add, tuple(lengths.values())

@@ -384,16 +384,19 @@ def test_broken_images_are_refused_or_skipped(
     assert "whose images cannot be read; none is left" in line
 
 
-def test_a_command_ends_the_group_of_its_processes(tmp_path: Path) -> None:
+def test_a_process_ends_its_group_and_a_call_leaves_its_callers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Threads of one that is left to the interpreter's exit abort the process now and then."""
     distributed = torch.distributed
     at = f"file://{tmp_path / 'group'}"
     distributed.init_process_group("gloo", init_method=at, rank=0, world_size=1)
-    assert run("doctor", "no/such") == 2
-    assert distributed.is_initialized()  # others may still wait: the launcher ends them
     try:
-        assert run("doctor") == 0
-        assert not distributed.is_initialized()
+        assert run("doctor") == 0 and distributed.is_initialized()
+        monkeypatch.setattr("sys.argv", ["fused-route", "doctor", "no/such"])
+        assert cli.command() == 2 and distributed.is_initialized()
+        monkeypatch.setattr("sys.argv", ["fused-route", "doctor"])
+        assert cli.command() == 0 and not distributed.is_initialized()
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()

@@ -152,14 +152,12 @@ OVERLAPPED = [
     *(replace(BASE, host=host) for host in HOSTS),
     *(replace(UNEVEN, host=host, dtype=dtype) for host in HOSTS for dtype in ("bf16", "fp32")),
     replace(UNEVEN, route="gram", Nv=5), replace(UNEVEN, S=8, T=5),
+    *(op(host, "mul", 768, 64, 32_768) for host in HOSTS),  # by P3 where there is a base
+    op("adapter", "gram", 1024, 128, 2_000), op("linear", "mul", 1024, 128, 10_240),
 ]  # fmt: skip
-if ON_GPU:
-    OVERLAPPED += [
-        *(op(host, "mul", 768, 64, 32_768) for host in HOSTS),  # by P3 where there is a base
-        op("adapter", "gram", 1024, 128, 2_000), op("linear", "mul", 1024, 128, 10_240),
-    ]  # fmt: skip
 
 
+@needs_gpu
 @pytest.mark.usefixtures("released")
 @pytest.mark.parametrize("case", OVERLAPPED, ids=lambda case: case.name)
 def test_kernels_that_start_early_give_the_same_bits(case: Case) -> None:
@@ -172,8 +170,7 @@ def test_kernels_that_start_early_give_the_same_bits(case: Case) -> None:
     expected = [fused(case, seed)[1].results() for seed in (0, 1)]
     subjects = [fused(case, seed, "fused-overlapped")[1] for seed in (0, 1)]
     for _ in range(5 * REPEATS):
-        if ON_GPU:
-            torch.cuda._sleep(4_000_000)  # cycles, in which the host gets ahead
+        torch.cuda._sleep(4_000_000)  # cycles, in which the host gets ahead
         found = [subject.results() for subject in subjects]
         for one, other in zip(found, expected, strict=True):
             assert_same_bits(one, other)

@@ -2,6 +2,6 @@
 
 import sys
 
-from fused_route.training.cli import main
+from fused_route.training.cli import command
 
-sys.exit(main())
+sys.exit(command())

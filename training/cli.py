@@ -34,16 +34,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fused-route: interrupted", file=sys.stderr)
         return 130
-    _leave_group()
+    return status
+
+
+def command() -> int:
+    """`main` as a process of its own, which then ends what it shares with those that a launcher
+    started beside it.
+
+    Left to the interpreter's exit, threads of a group that still run abort the process now and
+    then (exit status 134), after all that it was to do. Where the command failed others may still
+    wait in the group: the launcher ends them.
+    """
+    status = main()
+    if status == 0:
+        _leave_group()
     return status
 
 
 def _leave_group() -> None:
-    """Ends what this process shares with those that a launcher started beside it.
-
-    Left to the interpreter's exit, threads of a group that still run abort the process now and
-    then (exit status 134), after all that it was to do.
-    """
     distributed = sys.modules.get("torch.distributed")  # not imported for this alone
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

@@ -54,9 +54,9 @@ MOST_MIXED_SPILLS = 48
 # What K1 may spill while it makes x_v, which is a trial with the tiles of K1 alone.
 MOST_SPILLS_ALONG = 18
 # What may spill besides, with other versions of Triton than 3.8: with 3.6 one row of the selection
-# that `make test` compiles; with 3.9, whose assembler gives registers otherwise, 76 of 6,847 cases.
-# No GPU has told what that costs (docs/decisions.md, 56). By kernel, chip, and whether hidden
-# states are in fp32 beside 16 bits.
+# that `make test` compiles; with 3.9, whose assembler gives registers otherwise, 76 of the 6,847
+# cases there were then, and one since. No GPU has told what that costs (docs/decisions.md, 56). By
+# kernel, chip, and whether hidden states are in fp32 beside 16 bits.
 SEEN_BEFORE: dict[tuple[str, int | str, bool], int] = {("weight_partials", 100, False): 6}
 SEEN_LATER: dict[tuple[str, int | str, bool], int] = {
     ("project", 90, False): 2, ("routed_forward", 90, False): 18,
