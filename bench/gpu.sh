@@ -99,7 +99,7 @@ tests() {
     local several=()
     "$PYTHON" -c 'import xdist' 2>/dev/null && several=(-n "${TEST_PROCESSES:-8}")
     limited "$1" tests "$PYTHON" -m pytest -v -rf --tb=line -p no:cacheprovider -p no:benchmark \
-        "${several[@]}" -m gpu tests/test_gpu.py tests/test_gpu_models.py
+        "${several[@]}" -m gpu tests/test_gpu.py tests/test_gpu_overlap.py tests/test_gpu_models.py
 }
 # ops SECONDS OPTIONS…, and the same by another name.
 ops() { operations "$1" ops "${@:2}"; }
