@@ -352,7 +352,7 @@ class WeightSums(NamedTuple):
 def _weight_sums(
     plan: Plan, t: Inputs, sizes: Sizes, wanted: Wanted, has_x_r: bool
 ) -> WeightSums | None:
-    """None where nothing of it is wanted."""
+    """The splits of K3 and new memory for both; None where nothing that they make is wanted."""
     if not (wanted.A or wanted.b_A or wanted.B or wanted.b_B):
         return None
     sums = plan.sums(sizes, wanted, has_x_r)
