@@ -120,8 +120,8 @@ class Plan:
             for rows_many in (False, True)
         }
         self._launch_routed({**self.to_segments, "SEGMENTS": f.segments, **mix}, x_dtype == dtype)
-        behind_x_v = self.late if f.image == "owned" else self.wait
-        self.bottleneck = self._launch("bottleneck", {**bottleneck, **mix}, wait=behind_x_v)
+        wait = self.late if f.image == "owned" else self.wait  # P3 has K0 always
+        self.bottleneck = self._launch("bottleneck", {**bottleneck, **mix}, wait=wait)
         row_block = {"ROW_BLOCK": self.tiles["backward"].BM}
         by_pairs = {**bottleneck, **row_block}
         self.vectors = self._launch("vectors", {**by_pairs, "PAIRS": 1})
@@ -146,8 +146,8 @@ class Plan:
             name: {"BASE": self.tiles[name].residual if exact else "added"}
             for name in ("forward", "backward")
         }
-        behind_x_v = self.f.image == "owned" and not self.is_along
-        wait = self.late if behind_x_v else self.wait
+        behind_K0 = self.f.image == "owned" and not self.is_along
+        wait = self.late if behind_K0 else self.wait
         forward = {**constants, **base["forward"]}
         whole, parts = {**forward, "COLUMNS": "whole"}, {**forward, "COLUMNS": "parts"}
         self.forward = self._launch("forward", whole, wait=wait)
