@@ -20,6 +20,7 @@ from PIL import Image
 
 from fused_route.training.comparison import plan, work
 from fused_route.training.comparison.plan import Comparison, read_comparison
+from fused_route.training.comparison.results import arms_of
 from fused_route.training.comparison.runs import Runs, _tried
 
 pytestmark = pytest.mark.usefixtures("without_java")
@@ -108,6 +109,29 @@ class TestPlan:
             plan.recipes(
                 Comparison(**told, rates=(0.1, 0.2), overrides={"tasks.vqa.validation": None})
             )
+        with pytest.raises(ValueError, match="rates needs evaluations to choose by"):
+            plan.recipes(
+                Comparison(**told, rates=(0.1, 0.2), overrides={"training.eval_strategy": "no"})
+            )
+
+    def test_what_is_set_for_all(self, folder: Path) -> None:
+        """By whole names and as understood; the command line counts before the file."""
+        told = Comparison(
+            recipe=str(written(folder, "roberta", "lora", "all")),
+            arms={**ARMS, "slow": {"lr": 1e-4}},
+            overrides={"lr": "1e-3", "rank": 2, "training.max_steps": 4},
+        )
+        line = ["--steps", "3", "--dropout=0.5", "--training.lr_scheduler_kwargs", '{"power": 2}']
+        made = plan.recipes(told, line)
+        assert plan.common(told, made["none"], line) == {
+            "adapter.r": 2,
+            "training.max_steps": 3,
+            "adapter.dropout": 0.5,
+            "training.lr_scheduler_kwargs.power": 2,
+        }
+        chosen = replace(told, arms=ARMS, rates=(1e-3, 1e-2))
+        assert "training.learning_rate" in plan.common(replace(told, arms=ARMS), made["none"])
+        assert "training.learning_rate" not in plan.common(chosen, made["none"])
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +214,17 @@ class TestCompare:
         assert mul["difference"]["low"] < np.mean(each) < mul["difference"]["high"]
         assert mul["items"] == len(items) and mul["shared"] == [0, 1]
 
+    def test_an_interval_of_items_whose_images_are_gone(self, done: tuple[Path, Path]) -> None:
+        comparison = read_comparison(done[0])
+        runs = Runs(comparison, plan.recipes(comparison), {}, done[1])
+        whole = arms_of(runs)[1]
+        assert runs.images is not None and not whole.flags and whole.difference is not None
+        for name in list(runs.images["vqa"])[:2]:
+            del runs.images["vqa"][name]
+        less = arms_of(runs)[1]
+        assert less.flags == ("interval by items, not images: 2 of them are no more in the data",)
+        assert less.difference is not None and less.difference.mean == whole.difference.mean
+
     def test_report(self, done: tuple[Path, Path]) -> None:
         text = (done[1] / "report.md").read_text()
         for told in ("| none |", "| mul |", "± ", "2 seeds", "10,000 paired", "vqa_accuracy"):
@@ -257,7 +292,7 @@ class TestCompare:
         self, done: tuple[Path, Path]
     ) -> None:
         made = plan.recipes(read_comparison(done[0]), ["--steps", "3"])
-        given = Runs(read_comparison(done[0]), made, done[1])
+        given = Runs(read_comparison(done[0]), made, {}, done[1])
         with pytest.raises(ValueError, match="max_steps is 4 there, 3 here"):
             work._run(given.job("run", "mul", 1))
         tried = replace(given.job("train", "mul", 1, 0.05), folder=given.folder("mul", 1))
@@ -320,6 +355,32 @@ def test_rates_are_chosen_for_each_arm(
         (out / "runs" / path / work.TRAINED).unlink()
     line = refused(capsys, "compare", told, "--out", out, "--steps", "3")
     assert "rates/none is a run of other settings (training.max_steps is 4 there, 3" in line
+
+
+def test_rates_chosen_by_the_loss(folder: Path, tmp_path: Path) -> None:
+    """Shown as it is, with what the command line set."""
+    told, out = file(folder, "losses", rates=[1e-3, 1e-2], seeds=[0]), tmp_path / "out"
+    given = ["--select", "loss", "--steps", "2", "--rank", "2"]
+    assert run("compare", told, "--out", out, *given) == 0
+    text = (out / "report.md").read_text()
+    for line in ('| select | "loss" |', "| training.max_steps | 2 |", "| adapter.r | 2 |"):
+        assert line in text
+    assert "| training.learning_rate |" not in text  # each arm has its own
+    assert len(re.findall(r"\| loss [0-9]\.[0-9]{4} ", text)) == 4
+    found = json.loads((out / "results.json").read_text())
+    assert found["common"]["adapter.r"] == 2
+    assert {r["settings"]["adapter.r"] for r in found["runs"]} == {2}
+
+
+def test_rates_without_an_evaluation_fail_their_arm(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, out = file(folder, "late", rates=[1e-3, 1e-2], seeds=[0]), tmp_path / "out"
+    for _ in range(2):
+        assert run("compare", told, "--out", out, "--steps", "2", "--eval_delay", "9") == 1
+        said = capsys.readouterr().err
+        assert "no evaluation to choose a rate by: see training.eval_steps and eval_del" in said
+        assert "Traceback" not in said
 
 
 def test_a_killed_comparison_goes_on(folder: Path, tmp_path: Path) -> None:

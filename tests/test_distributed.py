@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 peft = pytest.importorskip("peft", minversion="0.21")
 pytest.importorskip("accelerate")
@@ -18,6 +19,8 @@ if not torch.distributed.is_available():
 
 import two_processes  # noqa: E402
 from vlm_models import drawn  # noqa: E402
+
+from fused_route.training.cross_attention import CrossAttentionLinear  # noqa: E402
 
 TESTS = Path(__file__).parent
 
@@ -92,3 +95,9 @@ def test_data_parallel_is_refused(way: str) -> None:
     with pytest.raises(ValueError, match=r"nn.DataParallel is not supported .*torchrun"):
         for module in model.modules():  # as torch.nn.parallel.replicate does
             module._replicate_for_data_parallel()
+
+
+def test_data_parallel_is_refused_by_the_baseline_too() -> None:
+    layer = CrossAttentionLinear(nn.Linear(4, 4), 2, 2, heads=1)
+    with pytest.raises(ValueError, match=r"nn.DataParallel is not supported"):
+        layer._replicate_for_data_parallel()

@@ -23,6 +23,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_all(tmp_path_factory.mktemp("arguments"))
 
 
+def test_a_process_takes_one_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several that it sees: the Trainer would take nn.DataParallel, which layers refuse."""
+    told = recipe(folder, "roberta", "lora", "--use_cpu", "false")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arguments = arguments_of(told, validated=True)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 16
+    assert arguments.eval_batch_size == arguments.per_device_eval_batch_size
+
+
+def test_norms_and_biases_of_adapters_do_not_decay(folder: Path) -> None:
+    norm = ["--adapter.norm", "before", "--weight_decay", "0.1"]
+    told = recipe(folder, "roberta", "adapter", *norm)
+    trainer = ExperimentTrainer(build(told, ("yes", "no")), arguments_of(told, validated=False))
+    trained = {name for name, x in trainer.model.named_parameters() if x.requires_grad}
+    decayed = trained & set(trainer.get_decay_parameter_names(trainer.model))
+    last = {name.rpartition(".")[2] for name in trained - decayed}
+    assert {"b_A", "b_B", "norm_weight", "norm_bias"} <= last
+    assert {name.rpartition(".")[2] for name in decayed} >= {"A", "B", "weight"}
+    assert not any(name.endswith(("bias", "b_A", "b_B", "norm_weight")) for name in decayed)
+
+
 def vqa_of_a_decoder(folder: Path) -> tuple[str, ...]:
     root = folder / "data" / "vqav2"
     told = {"layout": "vqav2", "root": root, "train": "karpathy-train", "validation": "null"}

@@ -256,26 +256,6 @@ class TestGenerate:
         assert "at least 1" in capsys.readouterr().err
 
 
-class TestEncode:
-    def test_encodes_what_training_then_reads(
-        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        file = written(folder, "roberta", "lora", "encoded")
-        cache = ["--cache", tmp_path / "cache"]
-        assert run("encode", file, *cache, "--dtype", "float16", "--workers", "0", "--verify") == 0
-        first = capsys.readouterr().out
-        assert "0 images encoded" not in first and f"next: fused-route train {file}" in first
-        assert run("encode", file, *cache) == 0
-        assert capsys.readouterr().out.startswith("0 images encoded")
-        assert run("train", file, *cache) == 0
-        assert "encoding" not in capsys.readouterr().err
-
-    def test_nothing_to_encode(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        file = written(folder, "roberta", "lora", "tower")
-        line = refused(capsys, "encode", file, "--features_from", "tower")
-        assert "keeps no features" in line
-
-
 class TestDoctor:
     def test_the_machine(self, capsys: pytest.CaptureFixture[str]) -> None:
         status = run("doctor")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from experiments import refused, save_all, written
 from model_folders import save_language
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fused_route.training import cli
-from fused_route.training.experiment import trainer
+from fused_route.training.experiment import run, trainer
 from fused_route.training.experiment.build import Built
 from fused_route.training.experiment.folder import last_checkpoint, save
 from fused_route.training.experiment.trainer import ExperimentTrainer
@@ -149,6 +151,88 @@ def test_early_stopping_goes_on_counting(folder: Path) -> None:
     assert cli.main(["train", str(stopped), *given]) == 0
     steps = [last_checkpoint(run) for run in (left_alone, again)]
     assert steps[0] is not None and steps[1] is not None and steps[0].name == steps[1].name
+
+
+@pytest.mark.parametrize("given", [["--patience", "2", "--epochs", "9"], ["--steps", "10"]])
+def test_a_run_killed_behind_its_last_step_takes_no_more(given: list[str], folder: Path) -> None:
+    """Between its last checkpoint and its scores; 10 steps end within an epoch."""
+    name, found = given[0].strip("-"), []
+    for end in ("alone", "killed"):
+        path, out = file(folder, "roberta", f"{name}-{end}")
+        if end == "killed":
+            with pytest.MonkeyPatch.context() as patch:
+
+                def die(self: ExperimentTrainer) -> None:
+                    raise KeyboardInterrupt
+
+                patch.setattr(ExperimentTrainer, "_load_best_model", die)
+                assert cli.main(["train", str(path), *given, "--lr", "0"]) == 130
+        assert cli.main(["train", str(path), *given, "--lr", "0"]) == 0
+        history = json.loads((out / "history.json").read_text())
+        found.append((history["steps"], last_checkpoint(out)))
+        assert history["resumed_at"] == (history["steps"] if end == "killed" else 0)
+    (one, _), (other, last) = found
+    assert one == other and last is not None and last.name == f"checkpoint-{one}"
+    alone, killed = (folder / "runs" / f"roberta-lora-{name}-{end}" for end in ("alone", "killed"))
+    assert_equal(alone / "last", killed / "last")
+
+
+def test_a_checkpoint_counts_when_all_processes_have_written_theirs(folder: Path) -> None:
+    path, out = file(folder, "roberta", "barrier")
+    here, seen = out / "checkpoint-5", []
+    with pytest.MonkeyPatch.context() as patch:
+        wait = Accelerator.wait_for_everyone
+
+        def look(self: Accelerator) -> None:
+            seen.append([(here / name).exists() for name in ("rng_state.pth", "complete")])
+            wait(self)
+
+        patch.setattr(Accelerator, "wait_for_everyone", look)
+        assert cli.main(["train", str(path), "--steps", "5"]) == 0
+    assert [True, False] in seen
+
+
+def test_features_of_another_precision_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = file(folder, "roberta", "precision")
+    cache = folder / "another-cache"
+    told = ["--cache", str(cache)]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 5)
+        assert cli.main(["train", str(path), *told]) == 130
+    assert json.loads((out / "begun.json").read_text())["features"] == ["float32"]
+    shutil.rmtree(cache)
+    assert cli.main(["encode", str(path), *told, "--dtype", "float16"]) == 0
+    line = refused(capsys, "train", path, *told)
+    assert f"{out} was begun with features in float32, the cache has them in float16" in line
+    shutil.rmtree(cache)
+    assert cli.main(["train", str(path), *told]) == 0  # encoded again, as then
+
+
+@pytest.mark.parametrize(
+    ("rate", "says"),
+    [("0.5", "is a run of another recipe (training.learning_rate"), ("0.001", "was finished by")],
+)
+def test_a_folder_that_another_run_took_meanwhile(
+    rate: str, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While this one encoded images: the other's run stays."""
+    path, out = file(folder, "roberta", f"meanwhile-{rate}")
+    began, command = run._began, ["train", str(path), "--steps", "5", "--lr"]
+    with pytest.MonkeyPatch.context() as patch:
+
+        def slow(*given: Any) -> Any:
+            patch.setattr(run, "_began", began)
+            found = began(*given)
+            assert cli.main([*command, "0.001"]) == 0
+            return found
+
+        patch.setattr(run, "_began", slow)
+        line = refused(capsys, *command, rate)
+    assert says in line
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["training"]["learning_rate"] == 0.001
+    assert json.loads((out / "history.json").read_text())["resumed_at"] == 0
 
 
 def test_the_same_seed_trains_the_same(folder: Path) -> None:

@@ -171,6 +171,16 @@ class TestTrain:
         line = refused(capsys, "train", file, "--out", tmp_path / "thesis.tex")
         assert "is a file" in line
 
+    @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder that root cannot write")
+    def test_a_folder_that_cannot_be_made(
+        self, folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Found by trying, before images are encoded: permissions say that root may."""
+        file = written(folder, "roberta", "lora", "nowhere")
+        for given in ([], ["--dry-run"]):
+            line = refused(capsys, "train", file, "--out", "/proc/run", *given)
+            assert "training.output_dir='/proc/run': /proc cannot be written to" in line
+
     def test_early_stopping(self, folder: Path) -> None:
         file = written(folder, "roberta", "lora", "early")
         given = ["--patience", "1", "--epochs", "9", "--lr", "0"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fused_route import RoutingContext, RoutingInput
 from fused_route.arguments import check_segments, check_tensors
 from fused_route.bases import base_features, weight_kind
+from fused_route.bottleneck import NO_REPLICAS
 from fused_route.checks import finite, probability, whole
 
 _warned: WeakSet[RoutingContext] = WeakSet()  # contexts whose layers were found to see one token
@@ -104,6 +105,9 @@ class CrossAttentionLinear(nn.Module):
             update = F.linear(z_g, B_g).to(base_out.dtype)
             blocks[segment] = torch.add(blocks[segment], update, alpha=self.alpha / self.rank)
         return torch.cat(blocks, -1)
+
+    def _replicate_for_data_parallel(self) -> "CrossAttentionLinear":
+        raise ValueError(NO_REPLICAS)
 
     def _routing_input(self, x_h: Tensor) -> RoutingInput:
         given = self.context.get(self.d, self.label, getattr(x_h, "device", None))

@@ -130,6 +130,12 @@ class FeatureCache:
         held = {shard.features.dtype for shard in self._shards}
         return [name for name, dtype in DTYPES.items() if dtype in held]
 
+    def dtypes_of(self, paths: Sequence[Path]) -> list[str]:
+        """How the features of these images are kept, of those that have any."""
+        rows = (self._rows.get(seen) for seen in self._looked_at(paths) if isinstance(seen, bytes))
+        held = {self._shards[row[0]].features.dtype for row in rows if row is not None}
+        return [name for name, dtype in DTYPES.items() if dtype in held]
+
     def missing(self, paths: Sequence[Path], broken: str = "refuse") -> list[Path]:
         """Those of `paths` without features, as their files are now, in their order.
 

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from tqdm import tqdm
 
+PARTIAL = ".partial"  # ends the names of files that are not whole
 FORMAT = 1  # of the files that remember digests
 # A file as young as this may change again within one tick of its file system's clock, 2 s on FAT
 # and up to that over networks: its digest is not remembered for another process.
@@ -33,7 +34,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Makes the folder. Whoever reads `path` sees the old contents or the new ones, never a part.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name[:32]}-{uuid4().hex}.partial")
+    partial = path.with_name(f".{path.name[:32]}-{uuid4().hex}{PARTIAL}")
     try:
         with partial.open("xb") as file:
             yield file

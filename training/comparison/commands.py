@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fused_route.training.comparison.plan import Comparison, read_comparison, recipes
+from fused_route.training.comparison.plan import Comparison, common, read_comparison, recipes
 from fused_route.training.comparison.report import REPORT, table, write_report
 from fused_route.training.comparison.results import Arm, notes_of, unequal
 from fused_route.training.comparison.runs import Runs, check, run, selection
@@ -31,7 +31,8 @@ def compare(
         raise missing("matplotlib")
     comparison = read_comparison(file)
     told = recipes(comparison, overrides)
-    runs = Runs(comparison, told, out or Path("runs", f"compare-{Path(file).stem}"))
+    given = common(comparison, told[comparison.baseline], overrides)
+    runs = Runs(comparison, told, given, out or Path("runs", f"compare-{Path(file).stem}"))
     chosen = selection(runs, arms)
     check(runs)
     again = _command(file, out, arms, overrides)
@@ -40,6 +41,7 @@ def compare(
         print(f"next: fused-route {again}")
         return 0
     with alone_in(runs.out):
+        check(runs)  # another may have been at work until now
         failed = run(runs, chosen, lambda: write_report(runs))
         found = write_report(runs)
     _say(runs, found)

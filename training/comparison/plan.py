@@ -15,10 +15,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fused_route.checks import finite, shown, whole
+from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.evaluation import is_withheld, tasks_with
+from fused_route.training.experiment.folder import flat
 from fused_route.training.experiment.recipe import Recipe
-from fused_route.training.experiment.recipe_file import read_recipe
+from fused_route.training.experiment.recipe_file import named_settings, read_recipe
 from fused_route.training.experiment.yaml_file import near, read_mapping
 
 SHIPPED = Path(__file__).parent / "comparisons"
@@ -195,13 +199,41 @@ def recipes(comparison: Comparison, told: Sequence[str] = ()) -> dict[str, Recip
     return found
 
 
+def common(comparison: Comparison, recipe: Recipe, told: Sequence[str] = ()) -> dict[str, Any]:
+    """Settings that the file's overrides or the command line give all arms, by their whole names.
+
+    Args:
+        recipe: of an arm, whose values they are.
+        told: the command line.
+    """
+
+    def names(overrides: Sequence[str]) -> list[str]:
+        return named_settings(comparison.recipe, overrides)
+
+    own = {name for settings in comparison.arms.values() for name in names(_as_told(settings))}
+    own |= {RATE} if comparison.rates else set()
+    values = flat(yaml.safe_load(recipe.to_yaml()))
+    found: dict[str, Any] = {}
+    for name in names([*_as_told(comparison.overrides), *told]):
+        within = {key: x for key, x in values.items() if key.startswith(f"{name}.")}
+        found |= {} if name in own else within or {name: values.get(name)}
+    return found
+
+
 def _check_split(recipe: Recipe, comparison: Comparison) -> None:
     """ValueError where the split has no answers, or rates have no split to be chosen by."""
     for task in tasks_with(recipe, comparison.split):
         if is_withheld(recipe, task, comparison.split):
             raise ValueError(f"split={comparison.split!r} of tasks.{task} has no answers to score")
-    if comparison.rates and not any(task.validation for task in recipe.tasks.values()):
+    if not comparison.rates:
+        return
+    if not any(task.validation for task in recipe.tasks.values()):
         raise ValueError("rates needs a validation split to choose by: set tasks.….validation")
+    if arguments_of(recipe, validated=True).eval_strategy == "no":
+        raise ValueError(
+            "rates needs evaluations to choose by: neither training.eval_strategy nor "
+            "training.save_strategy may be 'no'"
+        )
 
 
 def _as_told(settings: Mapping[str, Any]) -> list[str]:

@@ -75,6 +75,7 @@ def _content(runs: Runs, arms: Sequence[Arm], notes: Sequence[str]) -> dict[str,
     ]
     return {
         "comparison": dict(vars(comparison)),
+        "common": dict(runs.common),
         "interval": {"of": _drawn(runs), "level": LEVEL, "resamples": RESAMPLES},
         "notes": list(notes),
         "arms": [_plain(arm) for arm in arms],
@@ -171,9 +172,10 @@ def _markdown(
     if any(arm.scores for arm in arms):
         parts += ["## All scores", markdown_table(_scores(arms))]
     if any(arm.rates for arm in arms):
-        parts += ["## Learning rates, by the validation split", markdown_table(_rates(arms))]
+        parts += ["## Learning rates, by the validation split"]
+        parts += [markdown_table(_rates(runs, arms))]
     parts += ["## Arms", markdown_table([["arm", "settings"], *map(_settings, arms)])]
-    common = [[name, json.dumps(value)] for name, value in told.overrides.items()]
+    common = [[name, json.dumps(value)] for name, value in runs.common.items()]
     if common:
         parts += ["For all of them:", markdown_table([["setting", "value"], *common])]
     written = code()
@@ -188,11 +190,14 @@ def _settings(arm: Arm) -> list[str]:
     return [arm.name, ", ".join(f"{name}: {value}" for name, value in told.items()) or "–"]
 
 
-def _rates(arms: Sequence[Arm]) -> list[list[str]]:
+def _rates(runs: Runs, arms: Sequence[Arm]) -> list[list[str]]:
+    """Scores times 100, or losses, of which the negatives are kept: more is better."""
     names = list(dict.fromkeys(rate for arm in arms for rate in arm.rates))
     lines = [["arm", *names, "taken"]]
     for arm in arms:
         cells = [arm.rates.get(rate) for rate in names]
-        shown = ["–" if x is None else f"{100 * x:.2f}" for x in cells]
+        form = "{:.2f}" if runs.recipes[arm.name].select == "score" else "loss {:.4f}"
+        unit = 100 if runs.recipes[arm.name].select == "score" else -1
+        shown = ["–" if x is None else form.format(unit * x) for x in cells]
         lines.append([arm.name, *shown, "–" if arm.rate is None else f"{arm.rate:g}"])
     return lines

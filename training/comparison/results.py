@@ -12,6 +12,7 @@ from fused_route.training.comparison.statistics import (
     grouped,
     paired_bootstrap,
     spread,
+    without_group,
 )
 
 # What has to be the same for all arms, as a flag names it.
@@ -129,8 +130,12 @@ def _against(runs: Runs, name: str, shared: Sequence[int]) -> _Compared:
         paired = differences(ours, theirs)
     except ValueError as error:  # must not stop the runs that are left
         return _Compared(flags=(f"not compared: {error}",))
-    numbers = grouped(ours[0], runs.images)
-    return _Compared(paired_bootstrap(paired, numbers), tuple(shared), sum(map(len, paired)))
+    groups, flags = runs.images, list[str]()
+    if groups is not None and (lost := without_group(ours[0], groups)):
+        groups = None
+        flags.append(f"interval by items, not images: {lost:,} of them are no more in the data")
+    found = paired_bootstrap(paired, grouped(ours[0], groups))
+    return _Compared(found, tuple(shared), sum(map(len, paired)), tuple(flags))
 
 
 def _curve(

@@ -41,11 +41,13 @@ class Runs:
     Attributes:
         comparison: what is compared.
         recipes: of each arm.
+        common: as of `plan.common`.
         out: the folder.
     """
 
     comparison: Comparison
     recipes: Mapping[str, Recipe]
+    common: Mapping[str, Any]
     out: Path
 
     def folder(self, arm: str, seed: int) -> Path:
@@ -168,7 +170,7 @@ def run(runs: Runs, arms: Sequence[str], after: Callable[[], object]) -> int:
         after: called after each run.
     """
     out, seeds = runs.out, runs.comparison.seeds
-    write_json(out / COMPARISON, vars(runs.comparison))
+    write_json(out / COMPARISON, {**vars(runs.comparison), "common": dict(runs.common)})
     wanted = [(arm, seed) for seed in seeds for arm in arms]
     left = [(arm, seed) for arm, seed in wanted if runs.record(arm, seed) is None]
     failed = 0
@@ -241,9 +243,12 @@ def _choose(runs: Runs, arm: str, bar: "tqdm[Any]") -> bool:
 def _tried(job: Job) -> str | None:
     """Trains with a learning rate where that is not done; returns None, or what went wrong."""
     done = _read(job.result)
-    if done is None:
-        return carry_out(job)
-    check_settings(job, done, job.folder)
+    if done is not None:
+        check_settings(job, done, job.folder)
+    elif (error := carry_out(job)) is not None:
+        return error
+    if not _read(job.result)["validation"]:
+        return "no evaluation to choose a rate by: see training.eval_steps and eval_delay"
     return None
 
 

@@ -70,6 +70,11 @@ def grouped(first: Items, groups: Groups | None) -> list[np.ndarray | None]:
     return found
 
 
+def without_group(items: Items, groups: Groups) -> int:
+    """How many items have no group."""
+    return sum(key not in groups.get(task, {}) for task, of in items.items() for key in of)
+
+
 def paired_bootstrap(
     by_task: Sequence[np.ndarray],
     groups: Sequence[np.ndarray | None] | None = None,

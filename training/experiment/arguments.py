@@ -90,7 +90,7 @@ def checked(training: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def arguments_of(recipe: Recipe, *, validated: bool) -> TrainingArguments:
     """The Trainer's arguments: the recipe's, and what follows from it where it does not say.
 
-    bf16 where a GPU has it, TensorBoard, the best and the last checkpoint.
+    bf16 where a GPU has it, TensorBoard, the best and the last checkpoint; one GPU a process.
 
     Raises:
         ValueError: what TrainingArguments refuses, or what nothing would come of.
@@ -131,6 +131,8 @@ def arguments_of(recipe: Recipe, *, validated: bool) -> TrainingArguments:
             tracker()  # says so where its package is missing
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ValueError(f"training: {' '.join(str(error).split())}") from None
+    if arguments.n_gpu > 1:  # one process that sees several: nn.DataParallel has no routed layers
+        arguments._n_gpu = 1
     return arguments
 
 

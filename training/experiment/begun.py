@@ -39,6 +39,8 @@ def begun(
         models: of `Built`.
         train, validation: rows, known by their contents wherever their files lie.
         processes: that share a step, each with a batch of its own; None: not known yet.
+
+    The dtype of the features is added once they are there, see `refuse_other_features`.
     """
     known = {"train": _known(train, but=KIND)}
     if validation is not None:
@@ -129,6 +131,17 @@ def refuse_other_answers(folder: Path, file: Path, answers: Sequence[str]) -> No
             f"{folder} chooses among other answers: class {place} is {then} there, {now} here, "
             f"of {len(theirs)} and {len(answers)}; bring the data or the file of answers back, or "
             "name another folder with --out"
+        )
+
+
+def refuse_other_features(folder: Path, features: Sequence[str] | None) -> None:
+    """ValueError where a run began with features of another dtype (names of it, None: of none)."""
+    then = read_json(folder / BEGUN).get("features", features)
+    if then != features:
+        said = (", ".join(x or ()) or "none" for x in (then, features))
+        raise ValueError(
+            "{} was begun with features in {}, the cache has them in {}: name a cache that was "
+            "encoded as then, with --cache, or another folder with --out".format(folder, *said)
         )
 
 

@@ -100,9 +100,9 @@ def encode(
     batch_size: int,
     verify: bool,
 ) -> int:
-    """Encodes what the cache lacks; the processes of a launcher share the work."""
+    """Encodes what the cache lacks, shared by a launcher's processes; 1 where it is damaged."""
     told = read_recipe(recipe, overrides)
-    data, state = open_data(told), PartialState()
+    data, state, status = open_data(told), PartialState(), 0
     built, images = build(told, data.answers), data.images()
     how = {"dtype": dtype, "batch_size": batch_size, "workers": workers}
     done = run_encoding(built, images, **{k: v for k, v in how.items() if v is not None})
@@ -112,9 +112,14 @@ def encode(
         print(f"{done.new} images encoded here, {len(built.cache)} in {built.cache.folder}")
         if verify:
             built.tower.to(state.device)
-            print(built.cache.verify(built.encoder, images[:COMPARED]))
-        print(f"next: fused-route {shlex.join(['train', recipe, *overrides])}")
-    return 0
+            found = built.cache.verify(built.encoder, images, COMPARED)
+            print(found)
+            status = 0 if found.is_sound else 1
+        if status and not found.damaged:
+            print(f"take {built.cache.folder} away before", file=sys.stderr)
+        command = "encode" if status else "train"
+        print(f"next: fused-route {shlex.join([command, recipe, *overrides])}")
+    return status
 
 
 def doctor(recipe: str | None, overrides: Sequence[str]) -> int:

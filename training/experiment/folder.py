@@ -1,13 +1,13 @@
 """The folder of a run: its recipe, checkpoints, the best and the last adapter, scores."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -20,7 +20,7 @@ from fused_route.training.experiment.build import Built, build
 from fused_route.training.experiment.recipe import Recipe, default
 from fused_route.training.experiment.recipe_file import read_recipe
 from fused_route.training.experiment.yaml_file import read_tree
-from fused_route.training.files import atomic_file
+from fused_route.training.files import PARTIAL, atomic_file
 
 RECIPE, ANSWERS, COMPLETE = "recipe.yaml", "answers.json", "complete"
 MODELS = "models.json"  # digests of the frozen models that an adapter belongs to
@@ -196,9 +196,12 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         ValueError: other files, another recipe, or a folder that cannot be made.
     """
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    try:
+        with TemporaryDirectory(dir=parent, prefix=".", suffix=PARTIAL):
+            pass
+    except OSError:
         what = "cannot be written to" if parent.is_dir() else "is a file"
-        raise ValueError(f"training.output_dir={str(folder)!r}: {parent} {what}")
+        raise ValueError(f"training.output_dir={str(folder)!r}: {parent} {what}") from None
     path = folder / RECIPE
     if not path.is_file():
         if folder.is_dir() and any(not _is_own(path.name) for path in folder.iterdir()):
@@ -222,7 +225,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 
 def _is_own(name: str) -> bool:
     """Whether a file is what a run leaves that was killed before its recipe was written."""
-    return name in (LOCK, BEGUN) or (name.startswith(".") and name.endswith(".partial"))
+    return name in (LOCK, BEGUN) or (name.startswith(".") and name.endswith(PARTIAL))
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -62,6 +62,17 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def named_settings(path: Path | str, overrides: Sequence[str]) -> list[str]:
+    """What `overrides` of a recipe, as of `read_recipe`, set: whole names, each once.
+
+    Raises:
+        ValueError: no such file or setting.
+    """
+    names = _settings(list(read_tree(_file(path)).get("tasks", {})))
+    options = (item for item in _qualified(overrides, names) if item.startswith("--"))
+    return list(dict.fromkeys(item[2:].partition("=")[0] for item in options))
+
+
 def shipped() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(file.stem for file in SHIPPED.glob("*.yaml"))

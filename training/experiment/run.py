@@ -25,6 +25,7 @@ from fused_route.training.experiment.begun import (
     begun,
     refuse_other,
     refuse_other_answers,
+    refuse_other_features,
 )
 from fused_route.training.experiment.build import Built, build, parameters
 from fused_route.training.experiment.cutting import say_cut
@@ -129,7 +130,7 @@ def train(recipe: Recipe) -> Path:
     recipe = anchored(recipe)
     folder = Path(recipe.training["output_dir"])
     check_folder(folder, recipe)
-    if (folder / SCORES).is_file():
+    if _is_finished(folder):
         print(f"{folder} is finished already: for another run name another --out", file=sys.stderr)
         return folder
     validated = any(task.validation is not None for task in recipe.tasks.values())
@@ -144,11 +145,26 @@ def train(recipe: Recipe) -> Path:
     lock = alone_in(folder) if arguments.should_save else nullcontext()
     with lock:
         if arguments.should_save:
+            _check_again(folder, recipe, beginning, data.answers)
             write_recipe(recipe, folder)  # before other files: a folder without is somebody else's
             if last_checkpoint(folder) is None:
                 write_json(folder / BEGUN, beginning)
         _run(recipe, arguments, data, built, folder)
     return folder
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / SCORES).is_file()
+
+
+def _check_again(
+    folder: Path, recipe: Recipe, beginning: Mapping[str, Any], answers: Sequence[str]
+) -> None:
+    """ValueError where another run has been in the folder while this one encoded images."""
+    check_folder(folder, recipe)
+    refuse_changed(folder, beginning, answers)
+    if _is_finished(folder):
+        raise ValueError(f"{folder} was finished by another process meanwhile: see its {SCORES}")
 
 
 def _began(
@@ -166,6 +182,10 @@ def _began(
     refuse_changed(folder, now, data.answers)
     if recipe.broken != "skip":
         encode(built, data.images())
+    cache = built.cache
+    now["features"] = None if cache is None else cache.dtypes_of(data.images())
+    if last_checkpoint(folder) is not None:
+        refuse_other_features(folder, now["features"])
     return data, now
 
 

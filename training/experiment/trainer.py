@@ -16,7 +16,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
 from transformers.trainer_utils import SaveStrategy
 
 from fused_route.training.data.layouts import LAYOUTS
@@ -35,6 +41,7 @@ from fused_route.training.experiment.sampling import TaskBatches, in_order
 from fused_route.training.experiment.sharded import gathered
 from fused_route.training.experiment.tasks import TASKS, Rows, Scored
 
+UNDECAYED = ("b_A", "b_B", "norm_weight")
 # What torch says when it cannot write a file's end or middle: its own kind of error is no OSError.
 WRITER = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos|file write failed")
 
@@ -105,6 +112,11 @@ class ExperimentTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """transformers' own, without what it does not know as biases and norms by its name."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if name.rpartition(".")[2] not in UNDECAYED]
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -116,6 +128,27 @@ class ExperimentTrainer(Trainer):
         lost = torch.where(is_finite, 0.0, part)  # fp16 steps over one: its scale was too large
         self.losses += torch.stack([torch.where(is_finite, here, 0.0), lost])
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """transformers' own, without the number of tokens where tasks are mixed.
+
+        Then every batch of a step counts as much, by its own mean: with tokens counted together, a
+        batch of captions would count as many times one of answers as it has tokens, and one whose
+        answers have weights, which is a mean over rows, would come on top of that.
+        """
+        batches, tokens = super().get_batch_samples(*args, **kwargs)
+        return batches, tokens if len(self.built.recipe.tasks) == 1 else None
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, but no step behind the last, after which alone it looks for an end:
+        a run may have been killed there, before its scores were written."""
+        patience = [c for c in self.callback_handler.callbacks if type(c) is EarlyStoppingCallback]
+        if self.state.global_step >= self.state.max_steps or any(
+            c.early_stopping_patience_counter >= c.early_stopping_patience for c in patience
+        ):
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def summed(self) -> tuple[float, float]:
         """(sum of losses, mean over processes, number of steps), of all steps that have one."""
@@ -248,6 +281,7 @@ class ExperimentTrainer(Trainer):
         try:
             with _told_where(here):
                 super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # each writes its random state
                 if self.args.should_save:
                     write_json(here / LOSSES, losses)
                     (here / COMPLETE).touch()
