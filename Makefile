@@ -19,7 +19,7 @@ KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py kernel_d
 	launches.py interpreter_tools.py bench_tools.py gates.py host_cost.py gpu.py gpu_overlap.py gpu_models.py plan_calls.py pipelined_buffers.py sanitize.py \
 	bench_tune.py tile_trials.py down.py samples.py fold.py positions.py together.py drawn_kernels.py not_finite.py zero_sizes.py plan.py extended.py \
 	column_parts.py residual_product.py image_along.py kernel_backward.py long_samples.py coverage.py \
-	overlap.py waits.py)
+	overlap.py waits.py plan_limits.py)
 HUGGING_FACE_TESTS := $(addprefix tests/test_,peft.py peft_configs.py vlm.py vlm_generate.py towers.py visual_tokens.py vlm_training.py \
 	peft_half.py recording.py torch_encoders.py distributed.py quantised.py card.py huggingface_docs.py attach.py checkpoint.py text.py)
 

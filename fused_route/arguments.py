@@ -131,7 +131,7 @@ def _check_prepared(given: RoutingInput, routing: Routing, A: Tensor, g: int) ->
     if operand is not None:
         G = 1 if routing.segments == "joint" else g
         B, Nv = given.x_r.shape[:2]
-        routing.check(operand, torch.Size((B, G, Nv, R // G)))
+        routing.check(operand, torch.Size((B, G, Nv, R // G)), given.x_r.device)
 
 
 def _check_packing(

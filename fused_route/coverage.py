@@ -19,7 +19,8 @@ MAX_R = 256  # as in kernels/config.py, which is not imported for a question
 # Rows and the pairs (block, sample) of them, up to M + M / 16, are counted in 32 bits.
 MAX_ROWS = 2**30
 MAX_OF_SAMPLE = (2**16 - 1) * 16  # a grid's second axis, of the smallest blocks
-MAX_OF_ALL = 2**35  # samples times the rows of the longest
+MOST_BLOCKS = 2**31  # of a grid, the smallest ones; of so many Triton launches none
+MOST_WEIGHTS = 2**31  # elements of A or B, whose offsets have 32 bits
 
 # AMD's chips with matrix cores that Triton supports.
 AMD = ("gfx908", "gfx90a", "gfx942", "gfx950")
@@ -41,7 +42,13 @@ def _rows_of_sample(x_h: Tensor, given: RoutingInput, route: Route) -> int:
 
 def is_long(given: RoutingInput) -> bool:
     """Whether packed samples may be too long for blocks of their own."""
-    return given.longest > MAX_OF_SAMPLE or given.longest * given.batch_size > MAX_OF_ALL
+    blocks = given.batch_size * _blocks(given.longest)
+    return given.longest > MAX_OF_SAMPLE or blocks >= MOST_BLOCKS
+
+
+def _blocks(rows: int) -> int:
+    """The most blocks that rows of a sample can make."""
+    return -(-rows // 16)
 
 
 @cache
@@ -76,6 +83,11 @@ def emulates(device: torch.device) -> bool:
     from triton.runtime import driver
 
     return bool(knobs.runtime.interpret) or driver._active is not None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether kernels can read a tensor; while a compiler traces, which shows its own, it is."""
+    return type(tensor) in (Tensor, Parameter) or torch.compiler.is_compiling()
 
 
 def takes_derivatives() -> bool:
@@ -126,13 +138,16 @@ def obstacle(
         tensors = {"x_h": x_h, "A": A}
     elif takes_derivatives():
         return "torch.func and forward mode need derivatives that kernels do not have"
-    route, image = routing.route, {}
+    route = routing.route
+    image: dict[str, Tensor | None] = {}
     if routing_input is not None:
         image = {"x_r": routing_input.x_r, "x_v": routing_input.x_v}
+        if routing_input.operand is not None:
+            image |= {f"operand {n}": x for n, x in enumerate(routing_input.operand.tensors)}
     for name, tensor in {**tensors, **image}.items():
         if tensor is None:
             continue
-        if not torch.compiler.is_compiling() and type(tensor) not in (Tensor, Parameter):
+        if not is_plain(tensor):
             return f"{name} is a {type(tensor).__name__}; kernels read plain tensors"
         if name in ("x_h", "base_out") and tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}, not one of {DTYPES}"
@@ -140,6 +155,8 @@ def obstacle(
         return f"products are of {dtype}, not one of {DTYPES}"
     if x_h.shape[-1] == 0 or B.shape[0] == 0:
         return f"x_h {tuple(x_h.shape)} or B {tuple(B.shape)} has no columns"
+    if max(A.shape[0] * A.shape[1], B.shape[0] * B.shape[1]) >= MOST_WEIGHTS:
+        return f"A {tuple(A.shape)} or B {tuple(B.shape)} has {MOST_WEIGHTS} elements or more"
     if A.shape[0] > MAX_R:
         return f"R = {A.shape[0]} bottleneck columns are more than {MAX_R}"
     if x_h.shape[:-1].numel() > MAX_ROWS:
@@ -147,7 +164,7 @@ def obstacle(
     if routing_input is not None and (of_one := _rows_of_sample(x_h, routing_input, route)):
         if of_one > MAX_OF_SAMPLE:
             return f"{of_one} rows of one sample with a matrix of its own > {MAX_OF_SAMPLE}"
-        if of_one * routing_input.batch_size > MAX_OF_ALL:
+        if _blocks(of_one) * routing_input.batch_size >= MOST_BLOCKS:
             return f"{routing_input.batch_size} samples of up to {of_one} rows are too many"
     if isinstance(dropout, Dropout):
         return "masks of dropout are given; the kernels draw their own from a seed"

@@ -210,6 +210,12 @@ def vectors(operand: Operand, dtype: torch.dtype) -> tuple[Tensor | None, Tensor
     """u and w (S, R), or w = K (S, G, C, C), in the order the kernels take them."""
     if operand.mix == "identity":
         return None, None
+    for tensor in operand.tensors:
+        if not coverage.is_plain(tensor):
+            raise ValueError(
+                f"the route's operand is a {type(tensor).__name__}, and kernels read plain tensors: "
+                "use impl='reference'"
+            )
     *u, w = (tensor.to(dtype) for tensor in operand.tensors)
     if operand.mix == "matrix":
         return None, w

@@ -1,6 +1,6 @@
 """What the kernels are told about a call: everything that is the same for all calls of a layer."""
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from .routes import ROUTES, Mix
@@ -63,7 +63,7 @@ class Fusion(NamedTuple):
         )
 
     @staticmethod
-    @cache
+    @lru_cache(1024)  # a schedule of dropout makes ever new ones
     def of_text(text: str) -> "Fusion":
         """The Fusion whose `text()` this is."""
         (

@@ -131,6 +131,8 @@ class Plan:
         self.matrices = self._launch("matrices", matrices)
         self.matrices_in_splits = self._launch("matrices", matrices)  # writes fp32 in any dtype
         self.dropout = (threshold(f.p), 1.0 / (1.0 - f.p))
+        self._products: dict[tuple[str, str], Any] = {}
+        self._weight_kernels: dict[tuple[Wanted, bool], tuple[Any, Any, tuple[int, ...]]] = {}
         self._sizes: dict[tuple[int, int, int], Sizes] = {}
         self._sums: dict[tuple[object, ...], Sums] = {}
 
@@ -163,9 +165,14 @@ class Plan:
         constants = {**constants, **chosen, "WAIT": wait or self.wait}
         return kernels().Launch(getattr(kernels(), name), tile, constants)
 
-    @cache  # noqa: B019  plans live as long as the process
     def _extended(self, direction: str, layout: str) -> Any:
         """P3's product, "forward" or "backward", with a weight (of·N, D) in this layout."""
+        key = (direction, layout)
+        if key not in self._products:
+            self._products[key] = self._make_product(*key)
+        return self._products[key]
+
+    def _make_product(self, direction: str, layout: str) -> Any:
         of, D, N, R, tile = self.f.of, self.D, self.N, self.R, self.product_tile
         by_row, by_column = (D, 1) if layout == "rows" else (1, of * N)
         if direction == "backward":
@@ -317,8 +324,9 @@ class Plan:
         up = wanted.B or wanted.b_B
         A_blocks = cdiv(self.D, tile.BN) if wanted.A else int(wanted.b_A)
         blocks = A_blocks + (self.g * cdiv(self.N, tile.BN) if up else 0)
-        splits = max(1, min(config.WEIGHT_PROGRAMS // blocks, cdiv(sizes.M, 4 * tile.BM)))
-        rows_per_split = cdiv(cdiv(sizes.M, splits), tile.BM) * tile.BM
+        rows = max(sizes.M, sizes.S if has_x_r else 0)  # more samples: most are without a row
+        splits = max(1, min(config.WEIGHT_PROGRAMS // blocks, cdiv(rows, 4 * tile.BM)))
+        rows_per_split = cdiv(cdiv(rows, splits), tile.BM) * tile.BM
         splits = cdiv(sizes.M, rows_per_split)
         visual = cdiv(sizes.S, rows_per_split) if has_x_r else 0
         made = Sums(
@@ -333,12 +341,17 @@ class Plan:
         self._sums[key] = made
         return made
 
-    @cache  # noqa: B019  plans live as long as the process
     def _weights(self, wanted: Wanted, behind_dx_v: bool) -> tuple[Any, Any, tuple[int, ...]]:
         """K3 and K4 for the wanted gradients, and the lengths of dA, dB, db_A and db_B.
 
         behind_dx_v: whether K3 follows the kernel that made dx_v, and is given that.
         """
+        key = (wanted, behind_dx_v)
+        if key not in self._weight_kernels:
+            self._weight_kernels[key] = self._make_weights(*key)
+        return self._weight_kernels[key]
+
+    def _make_weights(self, wanted: Wanted, behind_dx_v: bool) -> tuple[Any, Any, tuple[int, ...]]:
         config = kernels().config
         lengths = {
             "A_SIZE": self.R * self.D if wanted.A else 0,

@@ -179,19 +179,25 @@ class Routing:
             operand = self.route.prepare(pooled(x_v, mask, self.pool))
         else:
             operand = self.route.prepare(x_v)
-        self.check(operand, x_v.shape)
+        self.check(operand, x_v.shape, x_v.device)
         return unit(operand, self.route.first) if self.normalize == "unit" else operand
 
-    def check(self, operand: Operand, x_v: torch.Size) -> None:
+    def check(self, operand: Operand, x_v: torch.Size, device: torch.device) -> None:
         """A route, above all a user's own, must not mix samples or fall back on broadcasting.
 
         Raises:
-            ValueError: no operand, or one that does not fit x_v of this shape (B, G, Nv, C).
+            ValueError: no operand, or one that does not fit x_v of this shape (B, G, Nv, C) on
+                this device.
         """
         check_operand(f"route {self.route.name!r}: what prepare returns", operand)
         B, G, Nv, C = x_v
         rows = {"matrix": (C,)}.get(operand.mix, (1, Nv) if self.transpose == "eccv24" else (1,))
         for tensor in operand.tensors:
+            if tensor.device != device:
+                raise ValueError(
+                    f"route {self.route.name!r}: {operand.mix} is on {tensor.device}, x_v is on "
+                    f"{device}"
+                )
             if tensor.shape not in [(B, G, n, C) for n in rows]:
                 raise ValueError(
                     f"route {self.route.name!r}: {operand.mix} takes (…, {rows[0]}, C) = "

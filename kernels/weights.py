@@ -37,15 +37,15 @@ def transposed_product(
     by_product = tl.zeros([BN, 16], tl.float32)  # 16 equal columns, the fewest of a product
     # Pipelined, 4-byte elements of a transposed operand are copied one by one: in TF32, and where
     # autocast leaves x in fp32 beside weights in 16 bits. In one stage each thread reads 16 bytes,
-    # and the other programs of a multiprocessor hide the wait. Of 4 bytes beside 2, half as many
-    # rows a step hold as much: whole steps spilled 160 times at R = 128 on sm_80.
+    # and the other programs of a multiprocessor hide the wait. So too where x is in the other 16
+    # bits than the weights, which makes a second use of its load. Of 4 bytes beside 2, half as
+    # many rows a step hold as much: whole steps spilled 160 times at R = 128 on sm_80.
     MIXED: tl.constexpr = (
-        narrow_ptr is not None
-        and wide_ptr.dtype.element_ty.primitive_bitwidth
-        > narrow_ptr.dtype.element_ty.primitive_bitwidth
+        narrow_ptr is not None and wide_ptr.dtype.element_ty != narrow_ptr.dtype.element_ty
     )
+    IS_WIDER: tl.constexpr = MIXED and wide_ptr.dtype.element_ty == tl.float32
     STAGES: tl.constexpr = 1 if PRECISION == "tf32" or MIXED else None
-    ROWS: tl.constexpr = BM // 2 if MIXED and BM > 16 else BM
+    ROWS: tl.constexpr = BM // 2 if IS_WIDER and BM > 16 else BM
     sums = tl.zeros([ROWS, BN], tl.float32)
     for m0 in tl.range(start, stop, ROWS, num_stages=STAGES):
         row = (m0 + tl.arange(0, ROWS)).to(tl.int64)

@@ -73,8 +73,33 @@ def test_kernels_read_plain_tensors_only() -> None:
     refused("x_h is a Shard", x_h=X_H.as_subclass(Shard))
     tensors = {"x_h": X_H, "A": torch.nn.Parameter(A), "B": B, "b_A": None}
     assert coverage.obstacle(tensors, torch.float32, Routing("none"), None, 0.0) is None
+    one = RoutingInput(torch.randn(2, 8), operand=scale(torch.ones(2, 1, 1, 4).as_subclass(Shard)))
+    refused("operand 0 is a Shard", x_r=one)
     adapter(X_H, A, B, torch.randn(2, 8), impl="auto")  # a sound call vouches for plain ones only
     refused("A is a Shard", A=A.as_subclass(Shard))
+
+
+def test_kernels_read_plain_operands_of_routes_only() -> None:
+    own = Route("own", lambda x_v: scale(x_v.mean(-2, keepdim=True).as_subclass(Shard)))
+    with (
+        mock.patch.object(coverage, "device_obstacle", return_value=None),
+        pytest.raises(ValueError, match=r"operand is a Shard, .* use impl='reference'"),
+    ):
+        adapter(X_H, A, B, torch.randn(2, 3, 8), route=own, impl="triton")
+    adapter(X_H, A, B, torch.randn(2, 3, 8), route=own)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_operands_are_where_the_image_is(impl: Literal["auto", "reference"]) -> None:
+    """Kernels are given addresses: of another device's memory they know nothing."""
+    own = Route("own", lambda x_v: matrix(torch.eye(4, device="meta").expand(2, 1, 4, 4)))
+    given = RoutingInput(torch.randn(2, 8), operand=scale(torch.ones(2, 1, 1, 4, device="meta")))
+    for x_r, route, said in (
+        (torch.randn(2, 8), own, "route 'own': matrix is on meta, x_v is on cpu"),
+        (given, "mul", "route 'mul': scale is on meta, x_v is on cpu"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            adapter(X_H, A, B, x_r, route=route, impl=impl)
 
 
 # torch 2.11 and 2.14 make forward derivatives of products by it
@@ -293,6 +318,34 @@ def test_a_sample_of_more_rows_than_a_grid_takes() -> None:
         given = RoutingInput(x_r.to("meta"))
         found = coverage.obstacle(tensors, torch.float32, Routing(route), given, 0.0)
         assert (found or "").startswith(why or "") and (found is None) == (why is None)
+
+
+def test_more_blocks_than_a_launch_has() -> None:
+    """Of 2**31 programs and more Triton launches none, without an error."""
+    x_h = torch.empty(2**20, 8, device="meta")
+    tensors = {"x_h": x_h, "A": A.to("meta"), "B": B.to("meta")}
+    for S, longest, fits in (
+        (65_536, 524_288, False), (65_535, 524_289, False), (65_535, 524_288, True),
+    ):  # fmt: skip
+        x_r = torch.zeros(1, 1, 1).expand(S, 3, 8)
+        given = RoutingInput(x_r, sample_index=torch.zeros(2**20, dtype=torch.long))
+        object.__setattr__(given, "longest", longest)
+        found = coverage.obstacle(tensors, torch.float32, Routing("gram"), given, 0.0)
+        assert (found is None) == fits == (not coverage.is_long(given))
+        assert fits or found == f"{S} samples of up to {longest} rows are too many"
+
+
+@pytest.mark.parametrize("wide", ["A", "B"])
+def test_weights_beyond_offsets_of_32_bits(wide: str) -> None:
+    d, n = (2**29, 8) if wide == "A" else (8, 2**29)
+    shapes = {"x_h": (2, 3, d), "A": (4, d), "B": (n, 4)}
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    found = coverage.obstacle(tensors, torch.float32, Routing("none"), None, 0.0)
+    assert found is not None and "has 2147483648 elements or more" in found
+    less = {
+        name: x[..., :-1] if x.shape[-1] == 2**29 else x[: 2**29 - 1] for name, x in tensors.items()
+    }
+    assert coverage.obstacle(less, torch.float32, Routing("none"), None, 0.0) is None
 
 
 def test_long_packed_samples_are_not_taken_for_short_ones_of_the_same_shape() -> None:

@@ -108,6 +108,8 @@ def all_cases() -> list[Case]:
     for numbers in ("bf16", "fp32", "tf32"):
         cases += unique(layers_of(HEAVIEST[2:], 768, numbers, p=0.0), (90,))
     cases += unique(layers_of(HEAVIEST, 768, "amp", p=0.0), CHIPS["amp"])
+    for p in (0.0, 0.1):
+        cases += unique(layers_of(HEAVIEST, 768, "amp16", p), (90,))
     for numbers, chips in CHIPS.items():
         for d in (768, 1000):
             cases += unique(layers_of(HEAVIEST, d, numbers) + recomputed(d, numbers), chips)
@@ -156,8 +158,9 @@ def in_parts(layers: Sequence[Layer], chips: Sequence[int | str]) -> list[Case]:
 def quick_cases() -> list[Case]:
     """Every row of the tile tables, at each of its mixes once, its chips in turn.
 
-    And K1's columns in parts, at one mix; with hidden states in fp32 beside 16 bits, R = 64; and
-    with the image made along, R = 64 and 128; and every kernel that starts early, once.
+    And K1's columns in parts, at one mix; with hidden states in fp32 beside 16 bits, or, of K3, in
+    the other 16 bits, R = 64; with the image made along, R = 64 and 128; and every kernel that
+    starts early, once.
     """
     cases = []
     for numbers in ("bf16", "fp32"):
@@ -173,8 +176,9 @@ def quick_cases() -> list[Case]:
             of_turn = list(by_chip.values())
             cases.append(of_turn[i % len(of_turn)])
     cases += in_parts(layers_of(HEAVIEST[:1], 768, "bf16", rows=("fewest",)), (90,))
-    mixed = [Layer("adapter", "rank1", "owned", 64, 768, "amp", rows, 0.0) for rows in ROWS]
-    cases += [case for case in unique(mixed, (90,)) if name_of(case) in ROW_KERNELS]
+    for numbers, kernels in (("amp", ROW_KERNELS), ("amp16", ("weight_partials",))):
+        mixed = [Layer("adapter", "rank1", "owned", 64, 768, numbers, rows, 0.0) for rows in ROWS]
+        cases += [case for case in unique(mixed, (90,)) if name_of(case) in kernels]
     cases += along("bf16", 768, 0.1, (64, 128)) + quick_p3_cases()
     ways = {(name_of(case), case.specialisation.values["WAIT"]): case
             for case in early("bf16", (90,)) if case.layer.R == 64}  # fmt: skip

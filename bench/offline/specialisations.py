@@ -102,6 +102,7 @@ NUMBERS = {
     "bf16": (torch.bfloat16, torch.bfloat16, "ieee"),
     "fp16": (torch.float16, torch.float16, "ieee"),
     "amp": (torch.float32, torch.bfloat16, "ieee"),  # hidden states that autocast leaves in fp32
+    "amp16": (torch.bfloat16, torch.float16, "ieee"),  # or in the other 16 bits
     "fp32": (torch.float32, torch.float32, "ieee"),
     "tf32": (torch.float32, torch.float32, "tf32"),
 }
