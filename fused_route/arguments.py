@@ -112,8 +112,10 @@ def check_routing_input(
     if given.sample_index is not None:
         _check_packing(x_h, given, given.sample_index, routing)
     elif given.batch_size != x_h.shape[0]:
+        turned = x_h.dim() == 3 and x_h.shape[1] == given.batch_size
         raise ValueError(
-            f"x_r is for a batch of {given.batch_size}, x_h is a batch of {x_h.shape[0]}; nothing "
+            f"x_r is for a batch of {given.batch_size}, x_h is a batch of {x_h.shape[0]}"
+            f"{' (samples come first: is it (T, B, d)?)' if turned else ''}; nothing "
             "is broadcast (for beams: RoutingInput(x_r).repeated(beams); an encoder runs before "
             "that, with x_r: generate(encoder_outputs=…))"
         )

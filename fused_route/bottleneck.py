@@ -258,7 +258,10 @@ class Bottleneck(Routed, nn.Module):
 
     def _refuse_folded(self, what: str) -> None:
         if self.folded is not None:
-            raise ValueError(f"{self.label} has an image folded in: unfold it before {what}")
+            raise ValueError(
+                f"{self.label} has an image folded in: unfold it before {what}, and do that again "
+                "for the whole model, of which other parts may have been done already"
+            )
 
     def extra_repr(self) -> str:
         modes = {k: v for k, v in self.routing.modes().items() if v not in ("none", "exact")}

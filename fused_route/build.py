@@ -1,6 +1,7 @@
 """From a configuration and a target to the module that takes its place."""
 
 import re
+import warnings
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -13,7 +14,8 @@ from .bottleneck import Bottleneck
 from .config import RoutedConfig
 from .context import RoutingContext, VisualProjector, own_context
 from .modules import AdaptedModule, RoutedAdapter, RoutedLinear
-from .targets import Target, block_of, is_causal
+from .surroundings import is_causal, is_sequence_first, reads_weight
+from .targets import Target, block_of
 
 PROJECTOR = "visual_projector"
 
@@ -51,9 +53,24 @@ class Builder:
             module, layer = _HOSTS[self.config.host](self, target)
         except ValueError as error:
             raise ValueError(f"target {name}: {error}") from None
+        self._look_around(name, parent)
         keep_called(parent, module)
         module.training = layer.training = target.module.training
         return module, layer
+
+    def _look_around(self, name: str, parent: nn.Module) -> None:
+        """ValueError for tokens before samples, a warning for a weight that is read."""
+        if self.config.routing().route.takes != "nothing" and is_sequence_first(self.model, name):
+            raise ValueError(
+                f"target {name}: its hidden states are (T, B, d), tokens before samples, and those "
+                "of routed layers (B, …, d); use batch_first=True where the model has it"
+            )
+        if self.config.host == "lora" and reads_weight(parent, name.rpartition(".")[2]):
+            warnings.warn(
+                f"target {name}: {type(parent).__name__} reads its weight; where it does so "
+                "instead of calling it, nothing is routed and nothing trained",
+                stacklevel=5,
+            )
 
     def _refuse_future(self, name: str) -> None:
         config = self.config

@@ -177,7 +177,8 @@ def fold(
             `generate(encoder_outputs=…)` with them folded in for beams.
 
     Layers of route "none" stay as they are. A layer, or its base, that has changed since refuses to
-    run; torch does not count changes through a parameter's `.data`, which go unseen: fold again.
+    run; torch does not count changes through a parameter's `.data`, and compiled calls look at
+    none: these go unseen, fold again.
 
     Raises:
         ValueError: no layer is routed by an image, one whose route is not affine in x_t (relu,

@@ -213,8 +213,8 @@ def vectors(operand: Operand, dtype: torch.dtype) -> tuple[Tensor | None, Tensor
     for tensor in operand.tensors:
         if not coverage.is_plain(tensor):
             raise ValueError(
-                f"the route's operand is a {type(tensor).__name__}, and kernels read plain tensors: "
-                "use impl='reference'"
+                f"the route's operand is a {type(tensor).__name__}, and kernels read plain "
+                "tensors: use impl='reference'"
             )
     *u, w = (tensor.to(dtype) for tensor in operand.tensors)
     if operand.mix == "matrix":

@@ -212,7 +212,7 @@ class Routing:
         """
         T = x_t.shape[-2]
         rows = {1} if operand.mix == "matrix" else {w.shape[-2] for w in operand.tensors}
-        if not rows <= {1, T}:
+        if not rows <= {1, T} and not torch.jit.is_tracing():  # where sizes are tensors
             raise ValueError(
                 f"x_r has Nv = {max(rows)} visual tokens: route {self.route.name!r} under "
                 f"transpose='eccv24' takes 1, or pairs {T} with the T = {T} text tokens"

@@ -141,58 +141,6 @@ def layer_index(name: str, pattern: str | Sequence[str] | None) -> int | None:
     return None if block is None else int(block.rpartition(".")[2])
 
 
-# Models whose attention says that it is not causal, and is by its mask.
-CAUSAL_BY_MASK = ("clip_text_model", "xclip_text_model", "owlvit_text_model")
-
-
-def is_causal(model: nn.Module, name: str) -> bool:
-    """Whether the named module sits in a decoder, where a token must not see later ones.
-
-    The nearest enclosing module that says so decides: torch's decoders, attentions by their flags,
-    Hugging Face models by the kind of their configuration.
-    """
-    for end in range(name.count("."), -1, -1):
-        enclosing = model.get_submodule(".".join(name.split(".")[:end]))
-        if isinstance(enclosing, (nn.TransformerDecoder, nn.TransformerDecoderLayer)):
-            return True
-        if getattr(_config(enclosing), "model_type", None) in CAUSAL_BY_MASK:
-            return True
-        said = [
-            bool(getattr(module, flag))
-            for module in enclosing.modules()
-            for flag in ("is_causal", "is_decoder")
-            if isinstance(getattr(module, flag, None), bool)
-        ]
-        if said and enclosing is not model:
-            return any(said)
-        decoder = decodes(_config(enclosing))
-        if decoder is not None:
-            return decoder
-    return False
-
-
-def _config(module: nn.Module) -> object:
-    """A Hugging Face model's configuration."""
-    return getattr(module, "config", None) if "transformers" in sys.modules else None
-
-
-def decodes(config: object) -> bool | None:
-    """Whether models of this configuration generate from left to right; None where it is none.
-
-    Kinds that can do both, such as BERT, do it where the configuration says is_decoder.
-    """
-    if not hasattr(config, "model_type"):
-        return None
-    if getattr(config, "is_encoder_decoder", False):
-        return False
-    from transformers.models.auto import modeling_auto
-
-    causal = getattr(modeling_auto, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {})
-    masked = getattr(modeling_auto, "MODEL_FOR_MASKED_LM_MAPPING_NAMES", {})
-    kind = config.model_type
-    return getattr(config, "is_decoder", False) or (kind in causal and kind not in masked)
-
-
 def _in_layers(config: RoutedConfig) -> str:
     layers = config.layers_to_transform
     return "" if layers is None else f" in layers_to_transform={list(layers)}"

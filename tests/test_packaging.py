@@ -229,6 +229,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
     "merge": {"bases", "bottleneck", "fold", "modules"},
     "config": {"checks", "modules", "reference", "routes", "routing"},
     "targets": {"checks", "config"},
+    "surroundings": set(),
     "checkpoint": {"checks"},
     "before": {"build", "checkpoint", "modules"},
     "card": {"__version__", "checkpoint"},
@@ -236,7 +237,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
     "testing": set(),
     "freezing": {"config", "targets"},
     "text": {"config", "context", "routing_input", "targets"},
-    "build": {"bases", "bottleneck", "config", "context", "modules", "targets"},
+    "build": {"bases", "bottleneck", "config", "context", "modules", "surroundings", "targets"},
     "attach": {
         "__version__",
         "before",

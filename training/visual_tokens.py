@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fused_route import RoutingInput
 from fused_route.checks import shown
-from fused_route.targets import decodes
+from fused_route.surroundings import decodes
 
 Cut = Callable[[Any], Any]
 # Arguments that name tokens by their places, which visual tokens shift.

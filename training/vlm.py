@@ -14,7 +14,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 
 from fused_route import RoutingContext, RoutingInput
 from fused_route.checks import shown
-from fused_route.targets import decodes
+from fused_route.surroundings import decodes
 from fused_route.training.towers import as_tower, features_of, width_of
 from fused_route.training.visual_tokens import VisualTokens
 from fused_route.training.vlm_config import VisionLanguageConfig
