@@ -212,7 +212,8 @@ class Routing:
         """
         T = x_t.shape[-2]
         rows = {1} if operand.mix == "matrix" else {w.shape[-2] for w in operand.tensors}
-        if not rows <= {1, T} and not torch.jit.is_tracing():  # where sizes are tensors
+        is_tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if not rows <= {1, T} and not is_tracing:  # by torch.jit, sizes are tensors
             raise ValueError(
                 f"x_r has Nv = {max(rows)} visual tokens: route {self.route.name!r} under "
                 f"transpose='eccv24' takes 1, or pairs {T} with the T = {T} text tokens"
