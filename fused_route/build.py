@@ -33,6 +33,7 @@ class Builder:
     context: RoutingContext
     options: dict[str, Any]
     _shared: dict[str, RoutedAdapter] = field(default_factory=dict)
+    _warned: set[tuple[type, str]] = field(default_factory=set)
 
     def build(self, target: Target) -> tuple[nn.Module, Bottleneck]:
         """(what replaces the target, the routed layer in it).
@@ -65,7 +66,13 @@ class Builder:
                 f"target {name}: its hidden states are (T, B, d), tokens before samples, and those "
                 "of routed layers (B, …, d); use batch_first=True where the model has it"
             )
-        if self.config.host == "lora" and reads_weight(parent, name.rpartition(".")[2]):
+        part = (type(parent), name.rpartition(".")[2])
+        if (
+            self.config.host == "lora"
+            and part not in self._warned
+            and reads_weight(parent, part[1])
+        ):
+            self._warned.add(part)  # the same is true of every block's
             warnings.warn(
                 f"target {name}: {type(parent).__name__} reads its weight; where it does so "
                 "instead of calling it, nothing is routed and nothing trained",

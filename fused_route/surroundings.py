@@ -1,14 +1,22 @@
 """What the modules around a target make of it: order of tokens, order of axes, its weight alone."""
 
+import ast
 import inspect
 import re
 import sys
+import textwrap
+from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
+MAKES = re.compile("init|reset|load")  # in the names of methods
+QUESTIONS = ("dtype", "device", "shape", "size", "is_meta", "requires_grad", "numel", "dim", "ndim")
 TEXT_PART = re.compile(r"_text(_model)?$")  # of the kinds of configurations within others
+# Tables of transformers with encoder-decoders that write; DETR's decoder, say, reads no text.
+OF_PAIRS = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT")
 # Models whose attention says that it is not causal, and is by its mask.
 CAUSAL_BY_MASK = ("clip_text_model", "xclip_text_model", "owlvit_text_model")
 
@@ -16,52 +24,71 @@ CAUSAL_BY_MASK = ("clip_text_model", "xclip_text_model", "owlvit_text_model")
 def is_causal(model: nn.Module, name: str) -> bool:
     """Whether the named module sits in a decoder, where a token must not see later ones.
 
-    The nearest enclosing module that is sure decides: torch's decoders, attentions by their flags,
-    where these say so, and Hugging Face models by the kind of their configuration. The decoder of
-    an encoder-decoder is one, whatever its attentions to the encoder say; so is the head of what
-    generates.
+    The nearest enclosing module that says so decides: torch's decoders, attentions by their flags,
+    Hugging Face models by the kind of their configuration, which counts before the flags of
+    attentions within. The decoder of what makes texts of texts, images or speech is one, whatever
+    its attentions to the encoder say; so is the head of what generates.
     """
     if _is_in_pair(model, name):
         return True
     module, says_no = model.get_submodule(name), False
     for end in range(name.count("."), -1, -1):
         enclosing = model.get_submodule(".".join(name.split(".")[:end]))
+        config = _config(enclosing)
         if isinstance(enclosing, (nn.TransformerDecoder, nn.TransformerDecoderLayer)):
             return True
-        if getattr(_config(enclosing), "model_type", None) in CAUSAL_BY_MASK:
+        if getattr(config, "model_type", None) in CAUSAL_BY_MASK:
             return True
-        if _config(enclosing) is not None and _is_head(enclosing, module):
+        if config is not None and _is_head(enclosing, module):
             return True
-        said = [
-            bool(getattr(inner, flag))
-            for inner in enclosing.modules()
-            for flag in ("is_causal", "is_decoder")
-            if isinstance(getattr(inner, flag, None), bool)
-        ]
-        if said and not says_no and enclosing is not model:
+        if not says_no and enclosing is not model:
+            said = _flags(enclosing)
             if any(said):
                 return True
-            says_no = True  # a block's attentions: what is farther has others too
-        decoder = decodes(_config(enclosing))
-        if decoder is not None:
-            return decoder
+            says_no = bool(said)
+        decoder = decodes(config)
+        if decoder is not None or (says_no and config is not None):
+            return bool(decoder)
     return False
+
+
+def _flags(module: nn.Module) -> list[bool]:
+    """What the attentions in a module say of themselves."""
+    return [
+        bool(getattr(inner, flag))
+        for inner in module.modules()
+        for flag in ("is_causal", "is_decoder")
+        if isinstance(getattr(inner, flag, None), bool)
+    ]
 
 
 def _is_head(model: Any, module: nn.Module) -> bool:
     """Whether a module is what a Hugging Face model chooses tokens by, one after another."""
-    can = getattr(model, "can_generate", None)
-    return callable(can) and bool(can()) and model.get_output_embeddings() is module
+    can, head = (getattr(model, name, None) for name in ("can_generate", "get_output_embeddings"))
+    return callable(can) and callable(head) and bool(can()) and head() is module
 
 
 def _is_in_pair(model: nn.Module, name: str) -> bool:
-    """Whether the named module sits in the decoder of a Hugging Face encoder-decoder."""
+    """Whether the named module sits in the decoder of a Hugging Face model that writes texts."""
     parts = name.split(".")
     if "decoder" not in parts:
         return False
     around = (".".join(parts[:end]) for end in range(parts.index("decoder") + 1))
     configs = (_config(model.get_submodule(outer)) for outer in around)
-    return any(getattr(config, "is_encoder_decoder", False) for config in configs)
+    return any(
+        getattr(config, "is_encoder_decoder", False)
+        and getattr(config, "model_type", None) in kinds(*OF_PAIRS)
+        for config in configs
+    )
+
+
+@cache
+def kinds(*tasks: str) -> frozenset[str]:
+    """Kinds of configurations whose models transformers lists for these tasks."""
+    from transformers.models.auto import modeling_auto
+
+    tables = (getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}) for task in tasks)
+    return frozenset(chain.from_iterable(tables))
 
 
 def _config(module: nn.Module) -> object:
@@ -80,19 +107,14 @@ def decodes(config: object) -> bool | None:
         return None
     if getattr(config, "is_encoder_decoder", False):
         return False
-    from transformers.models.auto import modeling_auto
-
-    causal, masked, of_images = (
-        getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {})
-        for task in ("CAUSAL_LM", "MASKED_LM", "IMAGE_TEXT_TO_TEXT")
-    )
     kind = str(config.model_type)
-    if getattr(config, "is_decoder", False) or (kind in causal and kind not in masked):
+    masked = kind in kinds("MASKED_LM")
+    if getattr(config, "is_decoder", False) or (kind in kinds("CAUSAL_LM") and not masked):
         return True
-    if kind in masked or "vision" in kind or "audio" in kind:
-        return False
     whole = TEXT_PART.sub("", kind)
-    return True if whole != kind and whole in of_images else None
+    if whole != kind and whole in kinds("IMAGE_TEXT_TO_TEXT"):
+        return True
+    return False if masked or "vision" in kind or "audio" in kind else None
 
 
 # Kinds of Hugging Face models whose hidden states are (T, B, d), and in which modules.
@@ -108,8 +130,8 @@ def is_sequence_first(model: nn.Module, name: str) -> bool:
     """Whether the named module is given hidden states (T, B, d): tokens before samples."""
     for end in (0, *(dot.start() for dot in re.finditer(r"\.", name)), len(name)):
         module = model.get_submodule(name[:end])
-        layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-        attention = module.self_attn if isinstance(module, layers) else module
+        is_layer = isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        attention = getattr(module, "self_attn", None) if is_layer else module
         if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
             return True
         pattern = SEQUENCE_FIRST.get(getattr(_config(module), "model_type", None) or "")
@@ -119,22 +141,42 @@ def is_sequence_first(model: nn.Module, name: str) -> bool:
 
 
 def reads_weight(parent: nn.Module, attribute: str) -> bool:
-    """Whether a module's code hands on the weight of a part of it: what is routed is not called.
+    """Whether a module's code takes the weight of a part of it: what is routed is not called there.
 
-    torch's own are known, and left out; so are checks of its type and functions that fill it.
+    torch's own are known, and left out; so are what makes or fills a module, and questions about a
+    weight: its dtype, device or type.
     """
-    if type(parent).__module__.startswith("torch."):
-        return False
-    name = re.escape(attribute)
-    read = re.compile(rf"(?<!isinstance\()(?<!_\()\bself\.{name}\.weight\s*[,)]")
     kind: Any = type(parent)
-    return read.search(_code_of(kind)) is not None
+    return attribute in _weights_read(kind)
 
 
 @cache
-def _code_of(kind: Any) -> str:
-    """The source of a class."""
+def _weights_read(kind: Any) -> frozenset[str]:
+    """Attributes of a class whose weights its methods, inherited ones too, take."""
+    methods: dict[str, Any] = {}
+    for of in kind.__mro__:
+        if of.__module__.startswith("torch."):
+            break
+        for name, method in vars(of).items():
+            if inspect.isfunction(method) and not MAKES.search(name):
+                methods.setdefault(name, method)
+    return frozenset(chain.from_iterable(map(_weights_in, methods.values())))
+
+
+def _weights_in(method: Any) -> Iterator[str]:
+    """Each `a` of self.a.weight in a method's source that is more than a question about it."""
     try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # made by hand, or without its file
-        return ""
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, SyntaxError, TypeError, ValueError):  # made by hand, or edited since
+        return
+    asked: set[int] = set()
+    for node in ast.walk(tree):  # outer nodes come first
+        match node:
+            case ast.Call(func=ast.Name(id="isinstance" | "getattr" | "hasattr"), args=[first, *_]):
+                asked.add(id(first))
+            case ast.Attribute(attr=asks, value=inner) if asks in QUESTIONS:
+                asked.add(id(inner))
+            case ast.Attribute(
+                attr="weight", value=ast.Attribute(attr=name, value=ast.Name(id="self"))
+            ) if id(node) not in asked:
+                yield name

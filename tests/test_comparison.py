@@ -123,15 +123,28 @@ class TestPlan:
         )
         line = ["--steps", "3", "--dropout=0.5", "--training.lr_scheduler_kwargs", '{"power": 2}']
         made = plan.recipes(told, line)
-        assert plan.common(told, made["none"], line) == {
+        common, own = plan.told_settings(told, made, line)
+        assert common == {
             "adapter.r": 2,
             "training.max_steps": 3,
             "adapter.dropout": 0.5,
             "training.lr_scheduler_kwargs.power": 2,
         }
-        chosen = replace(told, arms=ARMS, rates=(1e-3, 1e-2))
-        assert "training.learning_rate" in plan.common(replace(told, arms=ARMS), made["none"])
-        assert "training.learning_rate" not in plan.common(chosen, made["none"])
+        rate = "training.learning_rate"
+        assert own == {
+            "none": {"adapter.route": "none", rate: 1e-3},
+            "mul": {"adapter.route": "mul", rate: 1e-3},
+            "slow": {rate: 1e-4},
+        }
+        alike = replace(told, arms=ARMS)
+        made = plan.recipes(alike)
+        assert plan.told_settings(alike, made).common[rate] == 1e-3
+        chosen = replace(alike, rates=(1e-3, 1e-2))
+        assert rate not in plan.told_settings(chosen, made).common
+        whole = ["--adapter", '{"route": "gram", "r": 3, "target_modules": ["query"]}']
+        common, own = plan.told_settings(alike, plan.recipes(alike, whole), whole)
+        assert common["adapter.r"] == 3 and "adapter.route" not in common
+        assert [of["adapter.route"] for of in own.values()] == ["none", "mul"]
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +229,8 @@ class TestCompare:
 
     def test_an_interval_of_items_whose_images_are_gone(self, done: tuple[Path, Path]) -> None:
         comparison = read_comparison(done[0])
-        runs = Runs(comparison, plan.recipes(comparison), {}, done[1])
+        made = plan.recipes(comparison)
+        runs = Runs(comparison, made, plan.told_settings(comparison, made), done[1])
         whole = arms_of(runs)[1]
         assert runs.images is not None and not whole.flags and whole.difference is not None
         for name in list(runs.images["vqa"])[:2]:
@@ -292,7 +306,7 @@ class TestCompare:
         self, done: tuple[Path, Path]
     ) -> None:
         made = plan.recipes(read_comparison(done[0]), ["--steps", "3"])
-        given = Runs(read_comparison(done[0]), made, {}, done[1])
+        given = Runs(read_comparison(done[0]), made, plan.Told({}, {}), done[1])
         with pytest.raises(ValueError, match="max_steps is 4 there, 3 here"):
             work._run(given.job("run", "mul", 1))
         tried = replace(given.job("train", "mul", 1, 0.05), folder=given.folder("mul", 1))

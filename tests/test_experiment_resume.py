@@ -177,6 +177,56 @@ def test_a_run_killed_behind_its_last_step_takes_no_more(given: list[str], folde
     assert_equal(alone / "last", killed / "last")
 
 
+@pytest.mark.parametrize("length", [["--steps", "7"], ["--epochs", "2"]], ids=" ".join)
+def test_a_run_killed_before_its_last_evaluation_makes_it(length: list[str], folder: Path) -> None:
+    """Saved behind a step, evaluated at the epoch's end."""
+    more = ["--eval_strategy", "epoch", "--load_best_model_at_end", "false"]
+    steps = 7 if length[0] == "--steps" else 8
+    found = []
+    for end in ("alone", "ended"):
+        name = f"evaluated-{length[0].strip('-')}-{end}"
+        path, out = file(folder, "roberta", name, save_steps=steps, eval_steps=None)
+        given = [*length, *more]
+        if end == "ended":
+            with pytest.MonkeyPatch.context() as patch:
+                stop_at(patch, steps)
+                assert cli.main(["train", str(path), *given]) == 130
+        assert cli.main(["train", str(path), *given]) == 0
+        assert json.loads((out / "history.json").read_text())["steps"] == steps
+        scores = json.loads((out / "scores.json").read_text())["validation"]
+        found.append({**scores, "steps_per_second": 0, "samples_per_second": 0})
+    assert found[0] == found[1] and "score" in found[0]
+
+
+def test_runs_of_before_go_on_with_the_groups_of_their_optimiser(folder: Path) -> None:
+    path = written(folder, "roberta", "adapter", "groups")
+    told = ["--steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--eval_steps", "2"]
+    out = folder / "runs" / "roberta-adapter-groups"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "UNDECAYED", ())
+        patch.setattr(run, "UNDECAYED", ())
+        stop_at(patch, 2)
+        assert cli.main(["train", str(path), *told]) == 130
+    begun = json.loads((out / "begun.json").read_text())
+    assert begun.pop("undecayed") == []
+    (out / "begun.json").write_text(json.dumps(begun))
+    assert cli.main(["train", str(path), *told]) == 0
+
+
+def test_a_cache_may_lie_in_the_run(folder: Path) -> None:
+    path, out = file(folder, "roberta", "own-cache")
+    told = ["--steps", "2", "--cache", str(out / "made" / "cache")]
+    with pytest.MonkeyPatch.context() as patch:
+
+        def die(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(run, "_check_again", die)
+        assert cli.main(["train", str(path), *told]) == 130  # images are encoded, nothing else is
+    assert cli.main(["train", str(path), *told]) == 0
+    assert (out / "made" / "cache").is_dir()
+
+
 def test_a_checkpoint_counts_when_all_processes_have_written_theirs(folder: Path) -> None:
     path, out = file(folder, "roberta", "barrier")
     here, seen = out / "checkpoint-5", []

@@ -293,7 +293,7 @@ def test_peft_imports_downward_only(module: str) -> None:
     assert files == set(PEFT_LAYERS)
 
 
-ALONE = {"files", "packages"}
+ALONE = {"devices", "files", "packages"}
 REPORTING = {"plots", "tables"}
 MODELS = {"vlm", "vlm_config", "vlm_generate", "visual_tokens", "towers"}
 FEATURES = {"feature_cache", "feature_shards", "encoders"}
@@ -319,6 +319,7 @@ TRAINING_LAYERS = {  # of training/: what a folder, or a group of files, may imp
     },
     ("comparison",): {"data", "experiment", *REPORTING, *ALONE},
     ("cli", "__main__"): {"comparison", "experiment", "demo"},
+    ("devices",): set(),
     ("files",): set(),
     ("packages",): set(),
 }

@@ -1,6 +1,8 @@
 """What is around a target: decoders, also of models of images, order of axes, weights read."""
 
+import inspect
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,10 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     CLIPVisionConfig,
+    DetrConfig,
+    DetrForObjectDetection,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LongformerConfig,
     LongformerModel,
@@ -25,13 +30,16 @@ from transformers import (
     ProphetNetForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    ResNetConfig,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
     XLNetConfig,
     XLNetModel,
 )
 
-from fused_route import RoutedConfig, attach
+from fused_route import RoutedConfig, attach, surroundings
 from fused_route.surroundings import decodes
 from fused_route.training.vlm import VisionLanguageModel
 
@@ -144,6 +152,7 @@ def test_the_head_of_an_encoder_is_none() -> None:
 def test_kinds_that_nobody_knows_are_left_to_what_is_around_them() -> None:
     text = qwen(Qwen2VLConfig).text_config
     assert decodes(text) is True and decodes(CLIPVisionConfig()) is False
+    assert decodes(SimpleNamespace(model_type="granite4_vision_text")) is True
     assert decodes(BertConfig()) is False and decodes(LlamaConfig()) is True
     text.model_type = "some_text"
     assert decodes(text) is None
@@ -203,6 +212,93 @@ def test_the_message_of_a_batch_asks_for_the_order() -> None:
             layer(torch.randn(5, 3, 8))
         with pytest.raises(ValueError, match=r"is a batch of 5; nothing is broadcast"):
             layer(torch.randn(5, 4, 8))
+
+
+class Reads(nn.Module):
+    """Takes the weight of `taken`, asks about that of `asked`, fills that of `filled`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken, self.asked, self.filled = (nn.Linear(8, 8) for _ in range(3))
+        nn.init.normal_(self.filled.weight)
+
+    def init_weights(self) -> None:
+        nn.init.normal_(
+            self.filled.weight,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.asked.weight, torch.Tensor):
+            x = x.to(self.asked.weight.dtype)
+        return self.asked(x) @ self.taken.weight.unsqueeze(0)
+
+
+class Inherits(Reads):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Reads, Inherits])
+def test_a_weight_that_is_taken(kind: type[Reads]) -> None:
+    with pytest.warns(UserWarning, match=rf"target taken: {kind.__name__} reads its weight"):
+        attach(kind(), RoutedConfig(["taken"], r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(kind(), RoutedConfig(["asked", "filled"], r=2))
+
+
+def test_code_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edited since its import, or made by hand: nothing is said of it."""
+    surroundings._weights_read.cache_clear()
+    monkeypatch.setattr(inspect, "getsource", lambda _: "def forward(self, x:\n    (")
+    attach(Reads(), RoutedConfig(["taken"], r=2))
+    surroundings._weights_read.cache_clear()
+
+
+class OwnConfig(nn.Module):
+    """Says that it generates, in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model_type="mine")
+        self.inner = nn.Linear(8, 8)
+
+    def can_generate(self) -> bool:
+        return True
+
+
+class OwnLayer(nn.TransformerEncoderLayer):
+    """With an attention of another name."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 2, 8, batch_first=True)
+        self.attention = self.self_attn
+        del self.self_attn
+
+
+def test_models_of_ones_own_are_looked_at_in_peace() -> None:
+    attach(OwnConfig(), RoutedConfig(["inner"], r=2, route="self_gram"))
+    attach(OwnLayer(), RoutedConfig(["linear1"], r=2, route="self_gram"))
+
+
+class WithTower(LlamaForCausalLM):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 16}
+        self.tower = ViTModel(ViTConfig(hidden_size=16, image_size=32, **sizes))
+
+
+def test_what_is_no_decoder_of_texts() -> None:
+    model = WithTower(LlamaConfig(**TEXT))
+    attach(model, RoutedConfig(r"tower\..*\.(fc1|q_proj)", r=2, route="self_gram")).detach()
+    with pytest.raises(ValueError, match="part of a decoder"):
+        attach(model, RoutedConfig(r"model\..*\.gate_proj", r=2, route="self_gram"))
+    sides = {f"{side}_{what}": 2 for side in ("encoder", "decoder")
+             for what in ("layers", "attention_heads", "ffn_dim")}  # fmt: skip
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_indices=[2])
+    detr = DetrForObjectDetection(
+        DetrConfig(use_timm_backbone=False, backbone_config=backbone, d_model=16, **sides)
+    )
+    attach(detr, RoutedConfig(r".*decoder.*\.(fc1|q_proj)", r=2, route="self_gram"))
 
 
 def test_a_weight_that_is_read_warns() -> None:

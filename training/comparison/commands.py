@@ -7,7 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fused_route.training.comparison.plan import Comparison, common, read_comparison, recipes
+from fused_route.training.comparison.plan import (
+    Comparison,
+    read_comparison,
+    recipes,
+    told_settings,
+)
 from fused_route.training.comparison.report import REPORT, table, write_report
 from fused_route.training.comparison.results import Arm, notes_of, unequal
 from fused_route.training.comparison.runs import Runs, check, run, selection
@@ -31,7 +36,7 @@ def compare(
         raise missing("matplotlib")
     comparison = read_comparison(file)
     told = recipes(comparison, overrides)
-    given = common(comparison, told[comparison.baseline], overrides)
+    given = told_settings(comparison, told, overrides)
     runs = Runs(comparison, told, given, out or Path("runs", f"compare-{Path(file).stem}"))
     chosen = selection(runs, arms)
     check(runs)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -199,25 +199,42 @@ def recipes(comparison: Comparison, told: Sequence[str] = ()) -> dict[str, Recip
     return found
 
 
-def common(comparison: Comparison, recipe: Recipe, told: Sequence[str] = ()) -> dict[str, Any]:
-    """Settings that the file's overrides or the command line give all arms, by their whole names.
+class Told(NamedTuple):
+    """Settings that differ from the recipe's file, by their whole names, as they are used.
 
-    Args:
-        recipe: of an arm, whose values they are.
-        told: the command line.
+    Attributes:
+        common: those that the overrides or the command line give all arms alike.
+        own: of each arm, its own and those in which arms differ.
     """
 
-    def names(overrides: Sequence[str]) -> list[str]:
-        return named_settings(comparison.recipe, overrides)
+    common: dict[str, Any]
+    own: dict[str, dict[str, Any]]
 
-    own = {name for settings in comparison.arms.values() for name in names(_as_told(settings))}
-    own |= {RATE} if comparison.rates else set()
-    values = flat(yaml.safe_load(recipe.to_yaml()))
-    found: dict[str, Any] = {}
-    for name in names([*_as_told(comparison.overrides), *told]):
-        within = {key: x for key, x in values.items() if key.startswith(f"{name}.")}
-        found |= {} if name in own else within or {name: values.get(name)}
-    return found
+
+def told_settings(
+    comparison: Comparison, made: Mapping[str, Recipe], line: Sequence[str] = ()
+) -> Told:
+    """What is set beside the recipe's file, of the recipes that came of it and the command line."""
+    used = {arm: flat(yaml.safe_load(recipe.to_yaml())) for arm, recipe in made.items()}
+    every = list(dict.fromkeys(name for settings in used.values() for name in settings))
+
+    def leaves(overrides: Sequence[str]) -> list[str]:
+        names = named_settings(comparison.recipe, overrides)
+        within = (x for n in names for x in every if x == n or x.startswith(f"{n}."))
+        return [x for x in within if x != RATE or not comparison.rates]
+
+    given = leaves([*_as_told(comparison.overrides), *line])
+    values = used[comparison.baseline]
+    common = {
+        name: values.get(name)
+        for name in given
+        if all(settings.get(name) == values.get(name) for settings in used.values())
+    }
+    own = {}
+    for arm, settings in comparison.arms.items():
+        names = dict.fromkeys([*leaves(_as_told(settings)), *(n for n in given if n not in common)])
+        own[arm] = {name: used[arm].get(name) for name in names}
+    return Told(common, own)
 
 
 def _check_split(recipe: Recipe, comparison: Comparison) -> None:

@@ -75,7 +75,7 @@ def _content(runs: Runs, arms: Sequence[Arm], notes: Sequence[str]) -> dict[str,
     ]
     return {
         "comparison": dict(vars(comparison)),
-        "common": dict(runs.common),
+        "common": runs.told.common,
         "interval": {"of": _drawn(runs), "level": LEVEL, "resamples": RESAMPLES},
         "notes": list(notes),
         "arms": [_plain(arm) for arm in arms],
@@ -175,7 +175,7 @@ def _markdown(
         parts += ["## Learning rates, by the validation split"]
         parts += [markdown_table(_rates(runs, arms))]
     parts += ["## Arms", markdown_table([["arm", "settings"], *map(_settings, arms)])]
-    common = [[name, json.dumps(value)] for name, value in runs.common.items()]
+    common = [[name, json.dumps(value)] for name, value in runs.told.common.items()]
     if common:
         parts += ["For all of them:", markdown_table([["setting", "value"], *common])]
     written = code()

@@ -25,7 +25,7 @@ class Arm:
 
     Attributes:
         name: of the arm.
-        settings: of the recipe, that make it.
+        settings: that make it, as of `plan.Told`.
         seeds: that are done.
         score: main score over seeds.
         scores: every score over seeds, by name.
@@ -79,7 +79,7 @@ def _arm(runs: Runs, name: str) -> Arm:
     in_order = [key for key in (found[0]["scores"] if found else {}) if key in names]
     return Arm(
         name=name,
-        settings=runs.comparison.arms[name],
+        settings=runs.told.own[name],
         seeds=tuple(records),
         score=spread([record["score"] for record in found]) if found else None,
         scores={key: spread([record["scores"][key] for record in found]) for key in in_order},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fused_route.training.comparison.plan import Comparison, with_training
+from fused_route.training.comparison.plan import Comparison, Told, with_training
 from fused_route.training.comparison.work import (
     FAILED,
     ITEMS,
@@ -41,13 +41,13 @@ class Runs:
     Attributes:
         comparison: what is compared.
         recipes: of each arm.
-        common: as of `plan.common`.
+        told: what is set beside the recipe's file.
         out: the folder.
     """
 
     comparison: Comparison
     recipes: Mapping[str, Recipe]
-    common: Mapping[str, Any]
+    told: Told
     out: Path
 
     def folder(self, arm: str, seed: int) -> Path:
@@ -170,7 +170,7 @@ def run(runs: Runs, arms: Sequence[str], after: Callable[[], object]) -> int:
         after: called after each run.
     """
     out, seeds = runs.out, runs.comparison.seeds
-    write_json(out / COMPARISON, {**vars(runs.comparison), "common": dict(runs.common)})
+    write_json(out / COMPARISON, {**vars(runs.comparison), "common": runs.told.common})
     wanted = [(arm, seed) for seed in seeds for arm in arms]
     left = [(arm, seed) for arm, seed in wanted if runs.record(arm, seed) is None]
     failed = 0

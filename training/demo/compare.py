@@ -28,6 +28,7 @@ from fused_route.training.demo.models import HEAD, VqaClassifier, load_encoder
 from fused_route.training.demo.report import ArmResult, aggregate, print_table, write_report
 from fused_route.training.demo.task import ENCODER, TASK, Task, encoder_directory
 from fused_route.training.demo.vision import VisionTower
+from fused_route.training.devices import one_gpu
 from fused_route.training.packages import missing
 from fused_route.training.plots import PREFIX
 from fused_route.training.projector import fit_projector
@@ -238,7 +239,7 @@ def fit(
     )
     trainer = Trainer(
         model,
-        arguments,
+        one_gpu(arguments),
         train_dataset=range(len(train)),
         data_collator=lambda items: train.batch(torch.tensor(items)),
         callbacks=[Watch()],

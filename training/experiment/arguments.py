@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from fused_route.training.data.layouts import LAYOUTS
+from fused_route.training.devices import one_gpu
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.tasks import TASKS
 from fused_route.training.experiment.yaml_file import near
@@ -131,9 +132,7 @@ def arguments_of(recipe: Recipe, *, validated: bool) -> TrainingArguments:
             tracker()  # says so where its package is missing
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ValueError(f"training: {' '.join(str(error).split())}") from None
-    if arguments.n_gpu > 1:  # one process that sees several: nn.DataParallel has no routed layers
-        arguments._n_gpu = 1
-    return arguments
+    return one_gpu(arguments)
 
 
 def _saved(eval_strategy: str | None) -> str:

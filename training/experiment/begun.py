@@ -40,7 +40,8 @@ def begun(
         train, validation: rows, known by their contents wherever their files lie.
         processes: that share a step, each with a batch of its own; None: not known yet.
 
-    The dtype of the features is added once they are there, see `refuse_other_features`.
+    The dtype of the features is added once they are there, see `refuse_other_features`, and the
+    names of parameters that do not decay, which an optimiser's state is grouped by.
     """
     known = {"train": _known(train, but=KIND)}
     if validation is not None:

@@ -204,7 +204,10 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         raise ValueError(f"training.output_dir={str(folder)!r}: {parent} {what}") from None
     path = folder / RECIPE
     if not path.is_file():
-        if folder.is_dir() and any(not _is_own(path.name) for path in folder.iterdir()):
+        cache = Path(recipe.cache).expanduser().absolute()
+        own = {cache, *cache.parents}  # it may lie in the folder
+        found = folder.absolute().iterdir() if folder.is_dir() else ()
+        if any(not _is_own(path.name) and path not in own for path in found):
             raise ValueError(
                 f"training.output_dir={str(folder)!r} holds other files: name a new or empty folder"
             )

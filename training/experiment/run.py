@@ -16,6 +16,7 @@ from transformers import (
     enable_full_determinism,
     set_seed,
 )
+from transformers.trainer_utils import IntervalStrategy
 
 from fused_route.training.data.answers import read_vocabulary, vocabulary
 from fused_route.training.data.layouts import LAYOUTS, splits_of
@@ -23,6 +24,7 @@ from fused_route.training.experiment.arguments import arguments_of, refuse_not_d
 from fused_route.training.experiment.begun import (
     BEGUN,
     begun,
+    read_json,
     refuse_other,
     refuse_other_answers,
     refuse_other_features,
@@ -45,7 +47,11 @@ from fused_route.training.experiment.folder import (
 from fused_route.training.experiment.projecting import start_projector
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.tasks import TASKS, Rows, open_rows
-from fused_route.training.experiment.trainer import ExperimentTrainer, refuse_not_finite
+from fused_route.training.experiment.trainer import (
+    UNDECAYED,
+    ExperimentTrainer,
+    refuse_not_finite,
+)
 from fused_route.training.feature_cache import Encoded
 
 SCORES = "scores.json"
@@ -184,6 +190,7 @@ def _began(
         encode(built, data.images())
     cache = built.cache
     now["features"] = None if cache is None else cache.dtypes_of(data.images())
+    now["undecayed"] = list(UNDECAYED)
     if last_checkpoint(folder) is not None:
         refuse_other_features(folder, now["features"])
     return data, now
@@ -205,11 +212,24 @@ def _run(
     if checkpoint is not None and arguments.should_save:
         print(f"resuming from {checkpoint}", file=sys.stderr)
     trainer.before = losses_before(checkpoint)
+    if checkpoint is not None:  # with the groups of parameters that its optimiser has
+        trainer.undecayed = tuple(read_json(folder / BEGUN).get("undecayed", ()))
     done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    resumed = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+    resumed = 0 if checkpoint is None else step_of(checkpoint)
+    if resumed == trainer.state.global_step and _lacks_evaluation(trainer):
+        trainer.evaluate()
     if arguments.should_save:
         write_json(folder / HISTORY, _history(trainer, resumed))
     _finish(trainer, folder, done.metrics)
+
+
+def _lacks_evaluation(trainer: ExperimentTrainer) -> bool:
+    """Whether a run was killed between its last step and the evaluation of the epoch's end."""
+    arguments, state = trainer.args, trainer.state
+    is_due = arguments.eval_strategy == IntervalStrategy.EPOCH and trainer.eval_dataset is not None
+    is_due = is_due and arguments.eval_delay <= (state.epoch or 0.0)
+    logged = (log for log in state.log_history if log["step"] == state.global_step)
+    return is_due and not any("eval_runtime" in log for log in logged)
 
 
 def _history(trainer: ExperimentTrainer, resumed: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from fused_route.training.experiment.sampling import TaskBatches, in_order
 from fused_route.training.experiment.sharded import gathered
 from fused_route.training.experiment.tasks import TASKS, Rows, Scored
 
-UNDECAYED = ("b_A", "b_B", "norm_weight")
+UNDECAYED = ("b_A", "b_B", "norm_weight")  # of adapters, not known to transformers by name
 # What torch says when it cannot write a file's end or middle: its own kind of error is no OSError.
 WRITER = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos|file write failed")
 
@@ -75,6 +75,7 @@ class ExperimentTrainer(Trainer):
         # Of this process: the sum of its steps' losses, and how many steps have one not finite.
         self.losses = torch.zeros(2, device=arguments.device)
         self.before = (0.0, 0.0)  # of a checkpoint that is gone on from, see `losses_before`
+        self.undecayed: tuple[str, ...] = UNDECAYED
         self.asking: Batches = built.batches()
         augmented = built.batches(augmentation=built.recipe.augmentation)
         super().__init__(
@@ -115,7 +116,7 @@ class ExperimentTrainer(Trainer):
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """transformers' own, without what it does not know as biases and norms by its name."""
         names: list[str] = super().get_decay_parameter_names(model)
-        return [name for name in names if name.rpartition(".")[2] not in UNDECAYED]
+        return [name for name in names if name.rpartition(".")[2] not in self.undecayed]
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
