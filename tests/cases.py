@@ -1,8 +1,11 @@
 """Tables and inputs that the tests multiply."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +20,17 @@ MODES = [
     )
 ]
 VALID_MODES = [m for m in MODES if (m["transpose"], m["pool"]) != ("eccv24", "first")]
+
+
+def in_turn(*axes: Iterable[Any]) -> list[Any]:
+    """The product of parameters, every second slow: of three axes any two values still meet."""
+    slow = (pytest.mark.slow,)
+    return [
+        pytest.param(
+            *(value for _, value in each), marks=slow if sum(n for n, _ in each) % 2 else ()
+        )
+        for each in product(*map(enumerate, axes))
+    ]
 
 
 def mode_id(modes: dict[str, str]) -> str:

@@ -75,7 +75,11 @@ def assert_equal(first: Path, second: Path) -> None:
         ("roberta", ["--features_from", "tower", "--augmentation", "crop"]),
         ("roberta", ["--gradient_accumulation_steps", "2", "--bf16", "true"]),
         ("bart", []),
-        ("bart", ["--modules", "per-task", "--dataloader_num_workers", "1"]),
+        pytest.param(
+            "bart",
+            ["--modules", "per-task", "--dataloader_num_workers", "1"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["augmented", "accumulated bf16", "multi-task", "per-task with workers"],
 )
@@ -297,7 +301,12 @@ def test_the_same_seed_trains_the_same(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("language", "given"), [("roberta", []), ("bart", []), ("bart", ["--modules", "per-task"])]
+    ("language", "given"),
+    [
+        ("roberta", []),
+        pytest.param("bart", [], marks=pytest.mark.slow),
+        ("bart", ["--modules", "per-task"]),
+    ],
 )
 def test_two_processes_equal_one(language: str, given: list[str], folder: Path) -> None:
     """Two gloo processes with batches of 4, and one that accumulates two of them."""
