@@ -13,12 +13,14 @@ from .reference import Dropout
 from .routes import Route, is_built_in
 from .routing import Routing
 from .routing_input import RoutingInput
+from .sizes import cdiv
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_R = 256  # as in kernels/config.py, which is not imported for a question
 # Rows and the pairs (block, sample) of them, up to M + M / 16, are counted in 32 bits.
 MAX_ROWS = 2**30
-MAX_OF_SAMPLE = (2**16 - 1) * 16  # a grid's second axis, of the smallest blocks
+LEAST_ROWS = 16  # of a block
+MAX_OF_SAMPLE = (2**16 - 1) * LEAST_ROWS  # a grid's second axis
 MOST_BLOCKS = 2**31  # of a grid, the smallest ones; of so many Triton launches none
 MOST_WEIGHTS = 2**31  # elements of A or B, whose offsets have 32 bits
 
@@ -42,13 +44,8 @@ def _rows_of_sample(x_h: Tensor, given: RoutingInput, route: Route) -> int:
 
 def is_long(given: RoutingInput) -> bool:
     """Whether packed samples may be too long for blocks of their own."""
-    blocks = given.batch_size * _blocks(given.longest)
+    blocks = given.batch_size * cdiv(given.longest, LEAST_ROWS)
     return given.longest > MAX_OF_SAMPLE or blocks >= MOST_BLOCKS
-
-
-def _blocks(rows: int) -> int:
-    """The most blocks that rows of a sample can make."""
-    return -(-rows // 16)
 
 
 @cache
@@ -164,7 +161,7 @@ def obstacle(
     if routing_input is not None and (of_one := _rows_of_sample(x_h, routing_input, route)):
         if of_one > MAX_OF_SAMPLE:
             return f"{of_one} rows of one sample with a matrix of its own > {MAX_OF_SAMPLE}"
-        if _blocks(of_one) * routing_input.batch_size >= MOST_BLOCKS:
+        if cdiv(of_one, LEAST_ROWS) * routing_input.batch_size >= MOST_BLOCKS:
             return f"{routing_input.batch_size} samples of up to {of_one} rows are too many"
     if isinstance(dropout, Dropout):
         return "masks of dropout are given; the kernels draw their own from a seed"

@@ -165,7 +165,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
     "plan": {"dropout", "fusion", "kernels", "layout", "sizes"},
     "ops": {"dropout", "fusion", "layout", "plan", "sizes"},
     "autograd": {"__version__", "fusion", "layout", "ops", "plan", "sizes"},
-    "coverage": {"reference", "routes", "routing", "routing_input"},
+    "coverage": {"reference", "routes", "routing", "routing_input", "sizes"},
     "fused": {
         "autograd",
         "checks",

@@ -22,9 +22,9 @@ from fused_route import ROUTES
 from fused_route.training.comparison.plan import read_comparison, recipes
 from fused_route.training.comparison.results import unequal
 from fused_route.training.comparison.statistics import differences, grouped, paired_bootstrap
-from fused_route.training.comparison.work import budget, settings_of
+from fused_route.training.comparison.work import budget
 from fused_route.training.data import easy_vqa
-from fused_route.training.experiment.folder import PLACES
+from fused_route.training.experiment.folder import PLACES, settings_of
 from fused_route.training.experiment.recipe import Recipe, default
 
 ROOT = Path(__file__).parent.parent

@@ -127,14 +127,12 @@ class FeatureCache:
     @property
     def dtypes(self) -> list[str]:
         """How features are kept, names of DTYPES; several where two processes were told so."""
-        held = {shard.features.dtype for shard in self._shards}
-        return [name for name, dtype in DTYPES.items() if dtype in held]
+        return _names({shard.features.dtype for shard in self._shards})
 
     def dtypes_of(self, paths: Sequence[Path]) -> list[str]:
         """How the features of these images are kept, of those that have any."""
         rows = (self._rows.get(seen) for seen in self._looked_at(paths) if isinstance(seen, bytes))
-        held = {self._shards[row[0]].features.dtype for row in rows if row is not None}
-        return [name for name, dtype in DTYPES.items() if dtype in held]
+        return _names({self._shards[row[0]].features.dtype for row in rows if row is not None})
 
     def missing(self, paths: Sequence[Path], broken: str = "refuse") -> list[Path]:
         """Those of `paths` without features, as their files are now, in their order.
@@ -380,6 +378,10 @@ class FeatureCache:
         known = self._files.known() | self._digests
         files = [(Path(name), known[name]) for name in names if known.get(name) in self._rows]
         return random.Random().sample(files, min(images, len(files)))
+
+
+def _names(held: set[torch.dtype]) -> list[str]:
+    return [name for name, dtype in DTYPES.items() if dtype in held]
 
 
 def _apart(again: Tensor, kept: Tensor) -> float:

@@ -15,12 +15,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from fused_route.checks import finite, shown, whole
 from fused_route.training.experiment.arguments import arguments_of
 from fused_route.training.experiment.evaluation import is_withheld, tasks_with
-from fused_route.training.experiment.folder import flat
+from fused_route.training.experiment.folder import settings_of
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.recipe_file import named_settings, read_recipe
 from fused_route.training.experiment.yaml_file import near, read_mapping
@@ -215,7 +213,7 @@ def told_settings(
     comparison: Comparison, made: Mapping[str, Recipe], line: Sequence[str] = ()
 ) -> Told:
     """What is set beside the recipe's file, of the recipes that came of it and the command line."""
-    used = {arm: flat(yaml.safe_load(recipe.to_yaml())) for arm, recipe in made.items()}
+    used = {arm: settings_of(recipe) for arm, recipe in made.items()}
     every = list(dict.fromkeys(name for settings in used.values() for name in settings))
 
     def leaves(overrides: Sequence[str]) -> list[str]:

@@ -21,10 +21,9 @@ from fused_route.training.comparison.work import (
     Job,
     carry_out,
     check_settings,
-    settings_of,
 )
 from fused_route.training.experiment.evaluation import tasks_with
-from fused_route.training.experiment.folder import anchored, write_json
+from fused_route.training.experiment.folder import anchored, settings_of, write_json
 from fused_route.training.experiment.recipe import Recipe
 from fused_route.training.experiment.tasks import open_rows
 

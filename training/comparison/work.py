@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import fused_route
 from fused_route.checks import shown
@@ -30,7 +29,12 @@ from fused_route.training.comparison.plan import with_training
 from fused_route.training.experiment.arguments import arguments_of, refuse_not_done
 from fused_route.training.experiment.build import build, parameters
 from fused_route.training.experiment.evaluation import evaluate, tasks_with
-from fused_route.training.experiment.folder import PLACES, adapter_folder, flat, write_json
+from fused_route.training.experiment.folder import (
+    PLACES,
+    adapter_folder,
+    settings_of,
+    write_json,
+)
 from fused_route.training.experiment.recipe import Recipe, default
 from fused_route.training.experiment.run import HISTORY, SCORES, encode, open_data, seed, train
 from fused_route.training.experiment.tasks import open_rows
@@ -236,12 +240,6 @@ def peak_memory() -> tuple[int, str]:
         return torch.cuda.max_memory_allocated(), "GPU, allocated by torch"
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "CPU, resident"
-
-
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """All settings by dotted names."""
-    found: dict[str, Any] = flat(yaml.safe_load(recipe.to_yaml()))
-    return found
 
 
 def check_settings(

@@ -118,7 +118,7 @@ def open_run(
 
 def _refuse_other_function(trained: Recipe, told: Recipe) -> None:
     """ValueError where overrides would make another function of what was trained."""
-    theirs, ours = (flat(yaml.safe_load(anchored(r).to_yaml())) for r in (trained, told))
+    theirs, ours = (settings_of(anchored(r)) for r in (trained, told))
     for name in theirs:
         if CLASSES.fullmatch(name) and theirs[name] != ours.get(name):
             raise ValueError(
@@ -214,7 +214,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         return
     if last_checkpoint(folder) is None and not is_run(folder):
         return  # a run that never came to its first checkpoint
-    theirs, ours = flat(read_tree(path)), flat(yaml.safe_load(recipe.to_yaml()))
+    theirs, ours = flat(read_tree(path)), settings_of(recipe)
     every = theirs.keys() | ours.keys()
     different = sorted(k for k in every if theirs.get(k, default(k)) != ours.get(k, default(k)))
     different = [n for n in different if not PLACES.fullmatch(n) and n not in NEVER_DONE]
@@ -229,6 +229,12 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 def _is_own(name: str) -> bool:
     """Whether a file is what a run leaves that was killed before its recipe was written."""
     return name in (LOCK, BEGUN) or (name.startswith(".") and name.endswith(PARTIAL))
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """All settings by dotted names."""
+    found: dict[str, Any] = flat(yaml.safe_load(recipe.to_yaml()))
+    return found
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
