@@ -29,9 +29,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def repaired_interpreter() -> None:
     if INTERPRETED:
+        from hasten import hasten
         from interpreter import repair
 
         repair()
+        hasten()
 
 
 @pytest.fixture(autouse=True)

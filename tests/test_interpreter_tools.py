@@ -3,6 +3,7 @@
 # Triton reads annotations of kernels itself and knows none for tiles.
 
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from interpreter import Moved, Traffic, repair
+from tiny_kernels import store_mask
+from triton.runtime import interpreter
 
 pytestmark = pytest.mark.interpret
 N = 32
@@ -98,6 +101,19 @@ def store_then_load(x, y, N: tl.constexpr):
 @triton.jit
 def add_up(x, y, N: tl.constexpr):
     tl.atomic_add(y, tl.load(x + tl.program_id(0)))
+
+
+def test_a_launch_patches_the_language_once() -> None:
+    """However many device functions it calls; and behind it the language is as it was before."""
+    out, seed = torch.empty(64, 32, dtype=torch.bool), torch.tensor(1)
+    store_mask[4, 1](seed, out, 0, 32, BM=16, BK=32)  # what calls leave behind, they leave now
+    before, counts = dict(vars(tl)), []
+    for programs in (1, 4):
+        look = interpreter._patch_builtin
+        with mock.patch.object(interpreter, "_patch_builtin", wraps=look) as looks:
+            store_mask[programs, 1](seed, out, 0, 32, BM=16, BK=32)
+        counts.append(looks.call_count)
+    assert vars(tl) == before and counts[0] == counts[1] > 0
 
 
 def test_repair_happens_once() -> None:
