@@ -23,7 +23,7 @@ VALID_MODES = [m for m in MODES if (m["transpose"], m["pool"]) != ("eccv24", "fi
 
 
 def in_turn(*axes: Iterable[Any]) -> list[Any]:
-    """The product of parameters, every second slow: of three axes any two values still meet."""
+    """The product of parameters, every second slow: of three axes on any two values still meet."""
     slow = (pytest.mark.slow,)
     return [
         pytest.param(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import in_turn
 from kernel_cases import KERNEL_ROUTES
 from torch import Tensor, nn
 
@@ -120,10 +121,10 @@ def assert_traced_whole(layer: Any, backend: str) -> None:
 
 
 @pytest.mark.usefixtures("unpoisoned")
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("Nv", [1, 3])
-@pytest.mark.parametrize("route", ["none", "mul", "gram", "ones_relu"])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("kind", "route", "Nv", "recompute"),
+    in_turn(LAYERS, ["none", "mul", "gram", "ones_relu"], [1, 3], [False, True]),
+)
 def test_compile_traces_layers_whole(kind: str, route: str, Nv: int, recompute: bool) -> None:
     layer = layer_of(kind, route, recompute=recompute)
     layer.context.set(torch.randn(S, Nv, D))
@@ -131,9 +132,7 @@ def test_compile_traces_layers_whole(kind: str, route: str, Nv: int, recompute: 
 
 
 @pytest.mark.usefixtures("unpoisoned")
-@pytest.mark.parametrize("Nv", [1, 3])
-@pytest.mark.parametrize("route", KERNEL_ROUTES)
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(("kind", "route", "Nv"), in_turn(LAYERS, KERNEL_ROUTES, [1, 3]))
 def test_compile_traces_the_reference_whole(kind: str, route: str, Nv: int) -> None:
     layer = layer_of(kind, route)
     layer.impl = "reference"

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import in_turn, packed
+from cases import packed
 from kernel_cases import Call, Layer, compared, gradients, run, trained
 from tile_tables import launched, tiles
 from torch import Tensor
@@ -33,11 +33,9 @@ def check(layer: Layer, call: Call, dtype: torch.dtype, expected: list[str] = FO
     assert names == expected
 
 
-@pytest.mark.parametrize(
-    ("host", "route", "dtype"),
-    in_turn(("adapter", "linear", "given", "qkv"), OWNED, (torch.float32, torch.bfloat16)),
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("route", OWNED)
+@pytest.mark.parametrize("host", ["adapter", "linear", "given", "qkv"])
 def test_routes(host: str, route: str, dtype: torch.dtype) -> None:
     check(Layer(host, T=37), Call(Routing(route)), dtype)
 

@@ -7,7 +7,6 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import in_turn
 from kernel_cases import (
     HOSTS,
     KERNEL_ROUTES,
@@ -46,9 +45,9 @@ def by_operator(plan: Plan, longest: int, s: float, *tensors: Any) -> Tensor:
     return autograd.traced(plan.f, longest, s, ops.Inputs(*tensors))
 
 
-@pytest.mark.parametrize(
-    ("host", "route", "drops"), in_turn(HOSTS, KERNEL_ROUTES, (False, True)), ids=str
-)
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("route", KERNEL_ROUTES)
+@pytest.mark.parametrize("host", HOSTS)
 def test_both_doors_give_the_same_bits(host: str, route: str, drops: bool) -> None:
     """Eager calls go through an autograd.Function, compilers through an operator."""
     for Nv in (1, 3):

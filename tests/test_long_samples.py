@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import in_turn
 from kernel_cases import Call, Layer, compared, gradients, run, trained
 from tile_tables import launched, way_of
 
@@ -40,9 +39,9 @@ def ways(told: list[str | None]) -> set[str]:
     return {way for way in told if way is not None}
 
 
-@pytest.mark.parametrize(
-    ("route", "drops", "dtype"), in_turn(ROUTES, (False, True), LENGTHS), ids=str
-)
+@pytest.mark.parametrize("dtype", LENGTHS, ids=str)
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
 def test_two_samples(route: str, drops: bool, dtype: torch.dtype) -> None:
     layer = Layer("adapter", S=2, T=LENGTHS[dtype], Nv=ROUTES[route], d=20, r=5)
     with launched(way_of) as told:
@@ -50,7 +49,7 @@ def test_two_samples(route: str, drops: bool, dtype: torch.dtype) -> None:
     assert ways(told) == {"long"}
 
 
-@pytest.mark.parametrize(("route",), in_turn(ROUTES))
+@pytest.mark.parametrize("route", ROUTES)
 def test_packed_samples_of_uneven_lengths(route: str) -> None:
     """One of them is empty, and rows before and behind belong to none."""
     lengths, Nv = [900, 0, 40, 2000], ROUTES[route]
