@@ -5,6 +5,7 @@ the mean of the encoder's states. Both are arguments of calls that the model mak
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -16,12 +17,25 @@ from .routing_input import masked_mean
 from .targets import Target
 
 
+def always() -> bool:
+    """Whether layers are in use that cannot be turned off."""
+    return True
+
+
 def follow(
-    model: nn.Module, config: RoutedConfig, targets: list[Target], context: RoutingContext
+    model: nn.Module,
+    config: RoutedConfig,
+    targets: list[Target],
+    context: RoutingContext,
+    is_used: Callable[[], bool] = always,
 ) -> list[RemovableHandle]:
     """Hooks around the encoder (routed_by "text") or decoder ("encoder") that set the context.
 
     Other models than encoder-decoder ones get none with "text": their text_mask is set around them.
+
+    Args:
+        is_used: whether the layers route at the time of a call; while they do not, the context
+            stays as it is, for other layers. It is copied with the model.
 
     Raises:
         ValueError: "encoder" without an encoder and a decoder, or for a target outside the decoder.
@@ -31,7 +45,8 @@ def follow(
     pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     encoder, decoder = (_part(model, name) for name in ("get_encoder", "get_decoder"))
     if config.routed_by == "text":
-        return _around(encoder, Following(context, "text")) if pair and encoder else []
+        following = Following(context, "text", is_used)
+        return _around(encoder, following) if pair and encoder else []
     if not pair or encoder is None or decoder is None:
         raise ValueError(
             f"routed_by='encoder': {type(model).__name__} is no encoder-decoder model with "
@@ -45,7 +60,7 @@ def follow(
                 f"routed_by='encoder': target {target.names[0]} is not part of the decoder, and "
                 "the encoder's states do not exist before it"
             )
-    return _around(decoder, Following(context, "encoder"))
+    return _around(decoder, Following(context, "encoder", is_used))
 
 
 def _part(model: nn.Module, getter: str) -> nn.Module | None:
@@ -57,13 +72,18 @@ def _part(model: nn.Module, getter: str) -> nn.Module | None:
 class Following:
     """The hooks: before a call, the context is set from its arguments; after it, set back."""
 
-    def __init__(self, context: RoutingContext, routed_by: str) -> None:
+    def __init__(
+        self, context: RoutingContext, routed_by: str, is_used: Callable[[], bool]
+    ) -> None:
         self.context = context
         self.routed_by = routed_by
+        self.is_used = is_used
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set from the arguments of the module's forward."""
         self.context.push(self)
+        if not self.is_used():
+            return
         given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         if self.routed_by == "text":
             mask = given.get("attention_mask")

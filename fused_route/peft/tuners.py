@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, ClassVar
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..attach import checkpoint_activations as turn_on
@@ -48,6 +51,66 @@ def checkpoint_activations(model: nn.Module, **kwargs: Any) -> None:
     turn_on(model, context_of(model), **kwargs)
 
 
+def _has_projector(config: Any) -> bool:
+    """Whether an adapter of this configuration has a projector from the features' width."""
+    if getattr(config, "visual_width", None) is None:
+        return False
+    return bool(config.routed().routing().route.takes != "nothing")
+
+
+def _apart(model: nn.Module, targets: list[Target], config: PeftConfig) -> list[Target]:
+    """The targets, none of them in what PEFT copies for modules_to_save, and each in one place.
+
+    A copy has a context that nobody sets. "all-linear" passes by what is in there; PEFT takes
+    modules_to_save for ends of names.
+
+    Raises:
+        ValueError: another target in a module that is copied, or one with several names, of which
+            PEFT replaces the first alone.
+    """
+    saved: Any = tuple(getattr(config, "modules_to_save", None) or ())
+    copied = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) or name.endswith(saved)
+    ]
+    inside = {name: outer for outer in copied for name in _names_in(model, outer)}
+    if getattr(config, "target_modules", None) == ALL_LINEAR:
+        targets = [target for target in targets if target.names[0] not in inside]
+    layers = (n for n, module in model.named_modules() if isinstance(module, RoutedTunerLayer))
+    for name in (*layers, *(target.names[0] for target in targets)):
+        if name in inside:
+            raise ValueError(f"modules_to_save has {inside[name]}, in which {name} is a target")
+    for target in targets:
+        name, *others = target.names
+        if others:
+            raise ValueError(
+                f"target {name} is {', '.join(others)} too: PEFT adapts one of them; `attach` "
+                "adapts a module in all its places"
+            )
+    return targets
+
+
+def _names_in(model: nn.Module, outer: str) -> Iterator[str]:
+    """Of a module and all that is in it."""
+    return (name for name, _ in model.get_submodule(outer).named_modules(prefix=outer))
+
+
+class _Use:
+    """Whether an adapter is in use: active, and not disabled, in a layer that has it."""
+
+    def __init__(self, layers: list[RoutedTunerLayer], name: str) -> None:
+        self.layers, self.name = layers, name
+
+    def __call__(self) -> bool:
+        return any(
+            self.name in layer.views
+            and self.name in layer.active_adapter_names()
+            and not layer.disable_adapters
+            for layer in self.layers
+        )
+
+
 class _RoutedModel(BaseTuner):
     """What both tuners share.
 
@@ -56,8 +119,18 @@ class _RoutedModel(BaseTuner):
 
     layer: type[RoutedTunerLayer]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
-    _hooks: Any = ()
     _padded: Any = ()
+
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        # Who passes a single configuration keeps the layers and drops the tuner.
+        if isinstance(peft_config, PeftConfig) and _has_projector(peft_config):
+            raise ValueError(
+                f"visual_width={peft_config.visual_width}: its projector would be neither trained "
+                "nor saved with a model's own add_adapter or inject_adapter_in_model; use "
+                "get_peft_model, or project the features yourself"
+            )
+        self._hooks: dict[str, list[Any]] = {}  # by adapter; what follows injects the first
+        super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -68,13 +141,14 @@ class _RoutedModel(BaseTuner):
                 f"adapter {adapter_name!r}: {type(config).__name__} is no routed configuration"
             )
         self._routed: RoutedConfig = config.routed()
-        if self._routed.visual_width is not None and len(self.peft_config) > 1:
+        if len(self.peft_config) > 1 and any(map(_has_projector, self.peft_config.values())):
             raise ValueError(
-                f"adapter {adapter_name!r}: visual_width with several adapters; project the "
+                f"adapter {adapter_name!r}: visual_width with several adapters "
+                f"({', '.join(self.peft_config)}), which would share a projector; project the "
                 "features yourself"
             )
         refuse_uninitialised(model)
-        self._targets = find_targets(model, self._routed)
+        self._targets = _apart(model, find_targets(model, self._routed), config)
         self._target_names = {name for target in self._targets for name in target.names}
         if self._routed.target_modules == ALL_LINEAR:  # PEFT would name others
             config.target_modules = sorted(self._target_names)
@@ -82,9 +156,10 @@ class _RoutedModel(BaseTuner):
         self._widths: set[int] = set()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._padded = [*self._padded, *padded(model, self._targets)]
-        if not self._hooks:
-            self._hooks = follow(model, self._routed, self._targets, self._context)
-        self._add_projector(model, self._widths, config.inference_mode)
+        layers = [layer for _, layer in self._find_layers() if adapter_name in layer.views]
+        use = _Use(layers, adapter_name)
+        self._hooks[adapter_name] = follow(model, self._routed, self._targets, self._context, use)
+        self._add_projector(model, self._widths)
 
     @property
     def context(self) -> RoutingContext:
@@ -92,7 +167,7 @@ class _RoutedModel(BaseTuner):
         return self._context
 
     def _find_context(self, model: nn.Module) -> RoutingContext:
-        own = own_context(model)
+        own = own_context(model) or self.__dict__.get("_context")
         if own is not None:
             return own
         try:
@@ -100,7 +175,7 @@ class _RoutedModel(BaseTuner):
         except ValueError:
             return RoutingContext()
 
-    def _add_projector(self, model: nn.Module, widths: set[int], inference_mode: bool) -> None:
+    def _add_projector(self, model: nn.Module, widths: set[int]) -> None:
         if not reads_projected(model, self._routed, None):
             return
         like = next((module for _, module in self._find_layers()), model)
@@ -109,10 +184,56 @@ class _RoutedModel(BaseTuner):
         )
         if projector is None:
             return
-        if inference_mode:
-            projector.requires_grad_(False)
         self._context.projector = projector
         setattr(self, PROJECTOR, projector)
+        self._train_projector_with_its_adapter()
+
+    def _drop_projector(self) -> None:
+        if self._modules.pop(PROJECTOR, None) is not None:
+            self._context.projector = None
+
+    def _train_projector_with_its_adapter(self) -> None:
+        """It trains where the adapter does, the only one there then is, unless it is frozen."""
+        projector = self._modules.get(PROJECTOR)
+        if projector is None:
+            return
+        views = (view for _, layer in self._find_layers() for view in layer.views.values())
+        trains = any(p.requires_grad for view in views for p in view.own_parameters())
+        projector.requires_grad_(trains and self._routed.projector == "trainable")
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """As PEFT's.
+
+        Raises:
+            ValueError: adapters routed by different things, of which the context holds one.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._refuse_mixed([name for name in names if name in self.peft_config])
+        super().set_adapter(adapter_name, *args, **kwargs)
+        self._train_projector_with_its_adapter()
+
+    def _refuse_mixed(self, names: list[str]) -> None:
+        configs = [self.peft_config[name].routed() for name in names]
+        kinds = {c.routed_by for c in configs if c.routing().route.takes != "nothing"}
+        if len(kinds) > 1 and any(self._hooks.get(name) for name in names):
+            raise ValueError(
+                f"adapter_name={names}: adapters routed by {' and by '.join(sorted(kinds))} cannot "
+                "be active together: the context holds one routing input at a time"
+            )
+
+    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; the projector with its adapter."""
+        super().set_requires_grad(*args, **kwargs)
+        self._train_projector_with_its_adapter()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; what belongs to the adapter alone goes too: its projector, its hooks."""
+        config = self.peft_config.get(adapter_name)
+        super().delete_adapter(adapter_name)
+        for hook in self._hooks.pop(adapter_name, ()):
+            hook.remove()
+        if _has_projector(config):
+            self._drop_projector()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -165,10 +286,9 @@ class _RoutedModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model without any routed layer, bit for bit as it was."""
-        for hook in (*self._hooks, *self._padded):
+        for hook in (*chain.from_iterable(self._hooks.values()), *self._padded):
             hook.remove()
-        if hasattr(self, PROJECTOR):
-            self._context.projector = None
+        self._drop_projector()
         unloaded: nn.Module = super().unload()
         return unloaded
 
@@ -197,6 +317,10 @@ class _RoutedModel(BaseTuner):
     def disable_adapter_layers(self) -> None:
         """The base model's outputs from now on."""
         self._enable_adapter_layers(enabled=False)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._train_projector_with_its_adapter()
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused."""
