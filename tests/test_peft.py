@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaModel,
+    ModernBertConfig,
+    ModernBertModel,
     Qwen2Config,
     Qwen2Model,
     RobertaConfig,
@@ -402,3 +404,53 @@ def test_a_model_may_name_the_input_as_its_own_layer_does() -> None:
     assert torch.equal(layer(input=x_h), expected)
     layer.enable_adapters(False)
     assert torch.equal(layer(input=x_h), layer.base_layer(x_h))
+
+
+def test_models_read_what_a_block_says_of_itself() -> None:
+    config = ModernBertConfig(**TINY, pad_token_id=0, global_attn_every_n_layers=2)
+    settings: dict[str, Any] = {"r": 4, "target_modules": r".*layers\.\d+"}
+    torch.manual_seed(11)
+    plain = ModernBertModel(config).eval()
+    model = drawn(peft.get_peft_model(copy.deepcopy(plain), RoutedAdapterConfig(**settings)))
+    attached = attach(plain, RoutedConfig(host="adapter", **settings))
+    for name, layer in attached.layers.items():
+        view = model.base_model.model.get_submodule(name).views["default"]
+        layer.load_state_dict({key: getattr(view, key) for key in layer.state_dict()})
+    assert torch.equal(run(model), run(plain, attached.context))
+
+
+class Copied(nn.Linear):
+    """A linear layer that makes its own copies."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Copied":
+        made = Copied(self.in_features, self.out_features)
+        made.load_state_dict(self.state_dict())
+        return made
+
+
+def adapted(base: nn.Module) -> tuple[Any, Any]:
+    """A model with an adapter behind one linear layer; the layer."""
+    config = RoutedAdapterConfig(r=2, target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(base, nn.Identity()), config)
+    return model, layer_of(model)
+
+
+def test_what_is_not_passed_on_of_the_base() -> None:
+    """Its way of being copied, what accelerate has done to it, what another tuner keeps in it."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, layer = adapted(Copied(8, 8))
+    assert layer.out_features == 8
+    assert type(layer_of(copy.deepcopy(model))) is type(layer)
+    with pytest.raises(AttributeError, match="'Copied' object has no attribute 'eps'"):
+        layer.eps  # noqa: B018
+    with pytest.raises(AttributeError, match="base_layer"):
+        type(layer).__new__(type(layer)).eps  # noqa: B018
+
+    base = hooks.add_hook_to_module(nn.Linear(8, 8), hooks.ModelHook())
+    model, layer = adapted(base)
+    hooks.remove_hook_from_submodules(model)
+    assert "forward" not in vars(layer) and not hasattr(base, "_hf_hook")
+
+    inner = peft.tuners.lora.Linear(nn.Linear(8, 8), "default", config=peft.LoraConfig(r=2), r=2)
+    outer = type(layer)(inner)
+    assert hasattr(inner, "lora_A") and not hasattr(outer, "lora_A") and outer.in_features == 8

@@ -32,6 +32,9 @@ COMMON = (
     "project",
 )
 
+# Where accelerate keeps what it has done to a module: a layer with its base's would run in its place.
+NOT_PASSED_ON = ("base_layer", "_hf_hook", "_old_forward")
+
 
 def containers(host: str) -> tuple[str, ...]:
     """Names of the ModuleDicts of a layer: "lora_A" of "lora_A.weight"."""
@@ -215,6 +218,17 @@ class RoutedAdapterLayer(RoutedTunerLayer):
         super().__init__(base_layer)
         self.recorders = Recorders()
         self.recorders.take(base_layer)
+
+    def __getattr__(self, name: str) -> Any:
+        # Models look at eps, batch_first and other attributes of what is adapted here.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in NOT_PASSED_ON or name.startswith("__"):  # __deepcopy__ would copy the base
+                raise
+            base = super().__getattr__("base_layer")
+            is_pefts = isinstance(base, BaseTunerLayer)  # and has lora_A, which this layer has not
+            return getattr(base.get_base_layer() if is_pefts else base, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         views, base = self.active_views(), self.base_layer
