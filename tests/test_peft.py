@@ -1,8 +1,12 @@
 """Routed adapters under PEFT: models × configurations × operations, and what is refused."""
 
 import copy
+import gc
+import io
 import json
-from collections.abc import Callable
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ from fused_route.peft import (  # noqa: E402
     checkpoint_activations,
     context_of,
 )
+from fused_route.peft.layers import RoutedAdapterLayer  # noqa: E402
 
 integration = pytest.importorskip("transformers.integrations.peft")
 # transformers 5.24 asks for peft 0.22 before it adds or loads an adapter by itself.
@@ -440,11 +445,11 @@ def test_what_is_not_passed_on_of_the_base() -> None:
     hooks = pytest.importorskip("accelerate.hooks")
     model, layer = adapted(Copied(8, 8))
     assert layer.out_features == 8
-    assert type(layer_of(copy.deepcopy(model))) is type(layer)
+    assert isinstance(layer_of(copy.deepcopy(model)), RoutedAdapterLayer)
     with pytest.raises(AttributeError, match="'Copied' object has no attribute 'eps'"):
         layer.eps  # noqa: B018
     with pytest.raises(AttributeError, match="base_layer"):
-        type(layer).__new__(type(layer)).eps  # noqa: B018
+        RoutedAdapterLayer.__new__(RoutedAdapterLayer).eps  # noqa: B018
 
     base = hooks.add_hook_to_module(nn.Linear(8, 8), hooks.ModelHook())
     model, layer = adapted(base)
@@ -452,5 +457,68 @@ def test_what_is_not_passed_on_of_the_base() -> None:
     assert "forward" not in vars(layer) and not hasattr(base, "_hf_hook")
 
     inner = peft.tuners.lora.Linear(nn.Linear(8, 8), "default", config=peft.LoraConfig(r=2), r=2)
-    outer = type(layer)(inner)
+    outer = RoutedAdapterLayer(inner)
     assert hasattr(inner, "lora_A") and not hasattr(outer, "lora_A") and outer.in_features == 8
+
+
+@pytest.fixture
+def collects_nothing() -> Iterator[None]:
+    """Without the garbage collector, which frees what refers to itself."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("collects_nothing")
+@pytest.mark.parametrize("config", [lora, adapter])
+def test_a_deleted_model_is_freed_at_once(config: Any) -> None:
+    model = peft.get_peft_model(MODELS["bert"](), config("bert"))
+    run(model)
+    weights = [weakref.ref(p) for n, p in model.named_parameters() if "query" in n]
+    assert len(weights) > 2
+    del model
+    assert not any(weight() is not None for weight in weights)
+
+
+def through_file(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    read: nn.Module = torch.load(file, weights_only=False)
+    return read
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": through_file,
+}
+
+
+@pytest.mark.parametrize("config", [lora, adapter])
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_stands_alone(way: str, config: Any) -> None:
+    model = drawn(peft.get_peft_model(MODELS["bert"](), config("bert")))
+    model.add_adapter("second", config("bert", "none"))
+    expected = run(model)
+    copied = COPIES[way](model)
+    layers = [m for m in copied.modules() if hasattr(m, "active_views")]
+    views = [view for layer in layers for view in layer.views.values()]
+    assert [view.owner for view in views] == [layer for layer in layers for _ in range(2)]
+    assert {id(view.context) for view in views} == {id(context_of(copied))}
+    drawn(model)
+    assert not torch.equal(run(model), expected)
+    del model
+    assert torch.equal(run(copied), expected)
+
+
+def test_images_folded_into_layers_that_are_gone() -> None:
+    """Who folded them in keeps them; what they say about the layer is that it is gone."""
+    model = drawn(peft.get_peft_model(MODELS["bert"](), lora("bert")))
+    folded = fold(model, IMAGE[:1])
+    model.unload()
+    del model
+    with pytest.raises(ReferenceError, match="the layer of adapter 'default' is gone"):
+        folded.layers[0].A  # noqa: B018
+    folded.unfold()

@@ -1,8 +1,9 @@
 """What takes a target's place under PEFT: the base, and the parameters of each adapter by name."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import ref
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,7 +33,7 @@ COMMON = (
     "project",
 )
 
-# Where accelerate keeps what it has done to a module: a layer with its base's would run in its place.
+# With what accelerate has done to the base, a layer would run as the base did before.
 NOT_PASSED_ON = ("base_layer", "_hf_hook", "_old_forward")
 
 
@@ -49,16 +50,38 @@ class View(Routed):
     """One adapter of a layer: its settings, and its parameters where PEFT keeps them.
 
     Nothing is copied: what PEFT, FSDP or load_state_dict put in a parameter's place is used.
+    The layer is held weakly, so that the weights of a deleted model are freed at once.
     """
+
+    _owner: "Callable[[], RoutedTunerLayer | None]"
 
     def __init__(
         self, owner: "RoutedTunerLayer", name: str, made: Bottleneck, position: str
     ) -> None:
-        self._owner, self._name, self.position = owner, name, position
+        self._owner, self._name, self.position = ref(owner), name, position
         self._where = HOSTS[owner.host].tensors
         self.folded = None
         for setting in (*COMMON, *SETTINGS[owner.host]):
             setattr(self, setting, getattr(made, setting))
+
+    @property
+    def owner(self) -> "RoutedTunerLayer":
+        """The layer.
+
+        Raises:
+            ReferenceError: it is gone.
+        """
+        owner = self._owner()
+        if owner is None:
+            raise ReferenceError(f"{self.label}: the layer of adapter {self._name!r} is gone")
+        return owner
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy belongs to the layer's copy, which a weak reference could not tell.
+        return {**self.__dict__, "_owner": self.owner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _owner=ref(state["_owner"]))
 
     def __getattr__(self, name: str) -> Any:
         where = self.__dict__.get("_where", {})
@@ -67,18 +90,18 @@ class View(Routed):
                 return None
             raise AttributeError(name)
         container, leaf = where[name].split(".")
-        held = getattr(self._owner, container)
+        held = getattr(self.owner, container)
         return getattr(held[self._name], leaf, None) if self._name in held else None
 
     @property
     def training(self) -> bool:  # type: ignore[override]
         """The layer's."""
-        return self._owner.training
+        return self.owner.training
 
     @property
     def base(self) -> nn.Module:
         """The layer's."""
-        return self._owner.base_layer
+        return self.owner.base_layer
 
     def call(self, x_h: Tensor, *more: Any) -> Tensor:
         """y of x_h, in its dtype."""
