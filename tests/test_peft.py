@@ -522,3 +522,15 @@ def test_images_folded_into_layers_that_are_gone() -> None:
     with pytest.raises(ReferenceError, match="the layer of adapter 'default' is gone"):
         folded.layers[0].A  # noqa: B018
     folded.unfold()
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify", "ignore:Already found a `peft_config`")
+def test_an_adapter_in_the_place_of_one_of_its_name_has_nothing_of_it() -> None:
+    model = peft.get_peft_model(MODELS["bert"](), adapter("bert", norm="before"))
+    model = peft.get_peft_model(model.base_model.model, adapter("bert", "split", bias=False))
+    fresh = peft.get_peft_model(MODELS["bert"](), adapter("bert", "split", bias=False))
+    drawn(model).load_state_dict(fresh.state_dict())
+    assert torch.equal(run(model), run(fresh))
+    back = peft.get_peft_model(model.base_model.model, adapter("bert"))
+    names = {n for n, _ in peft.get_peft_model(MODELS["bert"](), adapter("bert")).named_modules()}
+    assert {n for n, _ in back.named_modules()} == names

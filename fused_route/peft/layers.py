@@ -164,7 +164,13 @@ class RoutedTunerLayer(nn.Module, BaseTunerLayer):
         self.training = base_layer.training
 
     def add(self, name: str, made: Bottleneck, position: str) -> None:
-        """Takes over a layer's parameters and settings under an adapter's name."""
+        """Takes over a layer's parameters and settings under an adapter's name.
+
+        What was there under that name goes, with parameters that the new one does not have.
+        """
+        for held in (getattr(self, container) for container in containers(self.host)):
+            if name in held:
+                del held[name]
         for parameter, where in HOSTS[self.host].tensors.items():
             tensor = getattr(made, parameter, None)
             if tensor is None:
