@@ -29,7 +29,7 @@ from transformers import (
     T5Model,
 )
 
-from fused_route import RoutedConfig, RoutingContext, attach, fold
+from fused_route import RoutedConfig, RoutedLinear, RoutingContext, attach, fold
 
 peft = pytest.importorskip("peft", minversion="0.21")
 
@@ -424,6 +424,18 @@ def test_models_read_what_a_block_says_of_itself() -> None:
     assert torch.equal(run(model), run(plain, attached.context))
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_linear_layer_tells_its_widths_as_with_attach(name: str) -> None:
+    model = peft.get_peft_model(MODELS[name](), lora(name)).base_model.model
+    fused: dict[str, Any] = {"adapted": (0, 2), "of": 3} if name == "gpt2" else {}
+    for at, layer in attach(
+        MODELS[name](), RoutedConfig(TARGETS[name], r=4, **fused)
+    ).layers.items():
+        found = model.get_submodule(at)
+        assert isinstance(layer, RoutedLinear)
+        assert (found.in_features, found.out_features) == (layer.in_features, layer.out_features)
+
+
 class Copied(nn.Linear):
     """A linear layer that makes its own copies."""
 
@@ -524,7 +536,9 @@ def test_images_folded_into_layers_that_are_gone() -> None:
     folded.unfold()
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to modify", "ignore:Already found a `peft_config`")
+@pytest.mark.filterwarnings(
+    "ignore:You are trying to modify", "ignore:Already found a `peft_config`"
+)
 def test_an_adapter_in_the_place_of_one_of_its_name_has_nothing_of_it() -> None:
     model = peft.get_peft_model(MODELS["bert"](), adapter("bert", norm="before"))
     model = peft.get_peft_model(model.base_model.model, adapter("bert", "split", bias=False))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..bottleneck import NO_REPLICAS, Bottleneck, Routed
 from ..config import HOSTS
 from ..merge import refuse_to_merge
-from ..modules import AdapterCall, LinearCall, behind, by_name, in_front
+from ..modules import AdapterCall, LinearCall, RoutedLinear, behind, by_name, in_front
 from ..recording import Recorders
 
 # Attributes of a layer that are no parameters.
@@ -221,6 +221,12 @@ class RoutedLoraLayer(RoutedTunerLayer):
         dict.fromkeys(w.split(".")[0] for w in HOSTS["lora"].tensors.values())
     )
 
+    def add(self, name: str, made: Bottleneck, position: str) -> None:
+        """As every layer, which like one of attach tells its base's widths."""
+        super().add(name, made, position)
+        assert isinstance(made, RoutedLinear)
+        self.in_features, self.out_features = made.in_features, made.out_features
+
     def forward(self, x_h: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         if x_h is None:
             x_h = by_name(self.base_layer, kwargs)
@@ -255,7 +261,7 @@ class RoutedAdapterLayer(RoutedTunerLayer):
         except AttributeError:
             if name in NOT_PASSED_ON or name.startswith("__"):  # __deepcopy__ would copy the base
                 raise
-            base = super().__getattr__("base_layer")
+            base: Any = super().__getattr__("base_layer")
             is_pefts = isinstance(base, BaseTunerLayer)  # and has lora_A, which this layer has not
             return getattr(base.get_base_layer() if is_pefts else base, name)
 
