@@ -14,6 +14,7 @@ from vlm_models import VISUAL_WIDTH, vision_language
 peft = pytest.importorskip("peft", minversion="0.21")
 
 from fused_route.peft import RoutedAdapterConfig, RoutedLoraConfig  # noqa: E402
+from fused_route.peft.configs import OF_LORA  # noqa: E402
 
 BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: RoutedLoraConfig(), "target_modules is empty"),
@@ -81,18 +82,33 @@ VARIANTS: dict[str, Any] = {
     "exclude_modules": ["value"],
     "trainable_token_indices": [1],
     "alora_invocation_tokens": [1, 2],
+    "ensure_weight_tying": True,
+    "kasa_config": {},
+    "megatron_core": "another",
+    "qalora_group_size": 32,
+    "runtime_config": peft.LoraRuntimeConfig(ephemeral_gpu_offload=True),
+    "use_bdlora": {},
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_lora_are_refused_and_their_absence_is_not(name: str) -> None:
     make: Any = RoutedLoraConfig
-    defaults = {f.name: f.default for f in dataclasses.fields(peft.LoraConfig)}
-    with pytest.raises(ValueError, match=f"^{name}=.* has no such variant"):
+    with pytest.raises(ValueError, match=f"^{name}=.* has no such variant, only "):
         make(target_modules=["query"], **{name: VARIANTS[name]})
-    default = defaults[name] if defaults[name] is not dataclasses.MISSING else {}
-    kept = make(target_modules=["query"], **{name: default})
+    kept = make(target_modules=["query"], **{name: getattr(peft.LoraConfig(), name)})
     assert kept == make(target_modules=["query"])
+
+
+def test_all_that_lora_has_may_stay_at_its_default() -> None:
+    make: Any = RoutedLoraConfig
+    own = {f.name for f in dataclasses.fields(RoutedLoraConfig)}
+    names = {f.name for f in dataclasses.fields(peft.LoraConfig)} - own
+    defaults = {name: getattr(peft.LoraConfig(), name) for name in names}
+    assert names > OF_LORA.keys()
+    assert make(target_modules=["query"], **defaults) == make(target_modules=["query"])
+    with pytest.raises(TypeError, match="use_something"):
+        make(target_modules=["query"], use_something=False)
 
 
 def test_loading_sees_the_fields_alone() -> None:

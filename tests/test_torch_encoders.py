@@ -1,6 +1,7 @@
 """Layers in torch's own encoders, which in evaluation read weights instead of calling modules."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +74,23 @@ def test_routed_in_evaluation_as_in_training(
     with torch.no_grad():
         assert torch.equal(model.eval()(X, **mask), plain)
     assert all(m.use_nested_tensor for m in model.modules() if isinstance(m, nn.TransformerEncoder))
+
+
+@pytest.mark.parametrize("target", ["norm1", "norm2", "self_attn"])
+def test_what_the_encoder_reads_of_its_parts_is_there(target: str, tmp_path: Path) -> None:
+    """eps and batch_first, in evaluation; the values are those with attach."""
+    model = encoder().eval()
+    with torch.no_grad():
+        plain = model(X)
+    attached = attach(model, RoutedConfig([target], host="adapter", r=4))
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(parameter)
+    attached.save(tmp_path)
+    with attached.context.using(IMAGE), torch.no_grad():
+        expected = model(X)
+    loaded = peft.PeftModel.from_pretrained(encoder().eval(), tmp_path)
+    with context_of(loaded).using(IMAGE), torch.no_grad():
+        assert torch.equal(loaded(X), expected) and not torch.allclose(expected, plain)
 
 
 def test_an_encoder_that_was_told_to_pad_stays_so() -> None:

@@ -1,17 +1,18 @@
 """The configurations that PEFT's users write: `RoutedConfig` under PEFT's names."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
 from typing import Any, ClassVar
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 
 from ..card import write_card
 from ..checks import shown
 from ..config import HOSTS, RoutedConfig
 from .register import member
 
-# Arguments of peft.LoraConfig that routed LoRA has no use for, and what they may say all the same.
+# What arguments of peft.LoraConfig that routed LoRA has no use for may say all the same, whatever
+# the version's defaults are; others that it has may say what they do by default.
 OF_LORA: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "alpha_pattern": (None, {}),
@@ -34,16 +35,27 @@ OF_LORA: dict[str, tuple[Any, ...]] = {
 }
 
 
+def of_lora(own: set[str]) -> dict[str, tuple[Any, ...]]:
+    """What each argument of peft.LoraConfig may say that is not among a configuration's own."""
+    defaults = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in fields(LoraConfig)
+        if f.name not in own
+    }
+    return {name: (default,) for name, default in defaults.items()} | OF_LORA
+
+
 def in_place_of_lora(config: type) -> type:
     """Lets a configuration be called as peft.LoraConfig is, and refuses the variants of LoRA."""
     plain = config.__init__  # type: ignore[misc]
+    others = of_lora({f.name for f in fields(config)})
 
     @wraps(plain)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in OF_LORA.keys() & kwargs.keys():
+        for name in others.keys() & kwargs.keys():
             value = kwargs.pop(name)
-            if value not in OF_LORA[name]:
-                accepted = " or ".join(map(repr, OF_LORA[name]))
+            if value not in others[name]:
+                accepted = " or ".join(map(repr, others[name]))
                 raise ValueError(
                     f"{name}={shown(value)}: routed LoRA has no such variant, only {accepted}"
                 )

@@ -1,8 +1,9 @@
 """What takes a target's place under PEFT: the base, and the parameters of each adapter by name."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import ref
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..bottleneck import NO_REPLICAS, Bottleneck, Routed
 from ..config import HOSTS
 from ..merge import refuse_to_merge
-from ..modules import AdapterCall, LinearCall, behind, by_name, in_front
+from ..modules import AdapterCall, LinearCall, RoutedLinear, behind, by_name, in_front
 from ..recording import Recorders
 
 # Attributes of a layer that are no parameters.
@@ -32,6 +33,9 @@ COMMON = (
     "project",
 )
 
+# With what accelerate has done to the base, a layer would run as the base did before.
+NOT_PASSED_ON = ("base_layer", "_hf_hook", "_old_forward")
+
 
 def containers(host: str) -> tuple[str, ...]:
     """Names of the ModuleDicts of a layer: "lora_A" of "lora_A.weight"."""
@@ -46,16 +50,38 @@ class View(Routed):
     """One adapter of a layer: its settings, and its parameters where PEFT keeps them.
 
     Nothing is copied: what PEFT, FSDP or load_state_dict put in a parameter's place is used.
+    The layer is held weakly, so that the weights of a deleted model are freed at once.
     """
+
+    _owner: "Callable[[], RoutedTunerLayer | None]"
 
     def __init__(
         self, owner: "RoutedTunerLayer", name: str, made: Bottleneck, position: str
     ) -> None:
-        self._owner, self._name, self.position = owner, name, position
+        self._owner, self._name, self.position = ref(owner), name, position
         self._where = HOSTS[owner.host].tensors
         self.folded = None
         for setting in (*COMMON, *SETTINGS[owner.host]):
             setattr(self, setting, getattr(made, setting))
+
+    @property
+    def owner(self) -> "RoutedTunerLayer":
+        """The layer.
+
+        Raises:
+            ReferenceError: it is gone.
+        """
+        owner = self._owner()
+        if owner is None:
+            raise ReferenceError(f"{self.label}: the layer of adapter {self._name!r} is gone")
+        return owner
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy belongs to the layer's copy, which a weak reference could not tell.
+        return {**self.__dict__, "_owner": self.owner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _owner=ref(state["_owner"]))
 
     def __getattr__(self, name: str) -> Any:
         where = self.__dict__.get("_where", {})
@@ -64,18 +90,18 @@ class View(Routed):
                 return None
             raise AttributeError(name)
         container, leaf = where[name].split(".")
-        held = getattr(self._owner, container)
+        held = getattr(self.owner, container)
         return getattr(held[self._name], leaf, None) if self._name in held else None
 
     @property
     def training(self) -> bool:  # type: ignore[override]
         """The layer's."""
-        return self._owner.training
+        return self.owner.training
 
     @property
     def base(self) -> nn.Module:
         """The layer's."""
-        return self._owner.base_layer
+        return self.owner.base_layer
 
     def call(self, x_h: Tensor, *more: Any) -> Tensor:
         """y of x_h, in its dtype."""
@@ -138,7 +164,13 @@ class RoutedTunerLayer(nn.Module, BaseTunerLayer):
         self.training = base_layer.training
 
     def add(self, name: str, made: Bottleneck, position: str) -> None:
-        """Takes over a layer's parameters and settings under an adapter's name."""
+        """Takes over a layer's parameters and settings under an adapter's name.
+
+        What was there under that name goes, with parameters that the new one does not have.
+        """
+        for held in (getattr(self, container) for container in containers(self.host)):
+            if name in held:
+                del held[name]
         for parameter, where in HOSTS[self.host].tensors.items():
             tensor = getattr(made, parameter, None)
             if tensor is None:
@@ -189,6 +221,12 @@ class RoutedLoraLayer(RoutedTunerLayer):
         dict.fromkeys(w.split(".")[0] for w in HOSTS["lora"].tensors.values())
     )
 
+    def add(self, name: str, made: Bottleneck, position: str) -> None:
+        """As every layer, which like one of attach tells its base's widths."""
+        super().add(name, made, position)
+        assert isinstance(made, RoutedLinear)
+        self.in_features, self.out_features = made.in_features, made.out_features
+
     def forward(self, x_h: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         if x_h is None:
             x_h = by_name(self.base_layer, kwargs)
@@ -215,6 +253,17 @@ class RoutedAdapterLayer(RoutedTunerLayer):
         super().__init__(base_layer)
         self.recorders = Recorders()
         self.recorders.take(base_layer)
+
+    def __getattr__(self, name: str) -> Any:
+        # Models look at eps, batch_first and other attributes of what is adapted here.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in NOT_PASSED_ON or name.startswith("__"):  # __deepcopy__ would copy the base
+                raise
+            base: Any = super().__getattr__("base_layer")
+            is_pefts = isinstance(base, BaseTunerLayer)  # and has lora_A, which this layer has not
+            return getattr(base.get_base_layer() if is_pefts else base, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         views, base = self.active_views(), self.base_layer
