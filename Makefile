@@ -21,7 +21,7 @@ KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_properties.py kernel_d
 	column_parts.py residual_product.py image_along.py kernel_backward.py long_samples.py coverage.py \
 	overlap.py waits.py plan_limits.py)
 HUGGING_FACE_TESTS := $(addprefix tests/test_,peft.py peft_configs.py vlm.py vlm_generate.py towers.py visual_tokens.py vlm_training.py \
-	peft_half.py recording.py torch_encoders.py distributed.py quantised.py card.py huggingface_docs.py attach.py checkpoint.py text.py surroundings.py)
+	peft_half.py peft_layers.py peft_several.py recording.py torch_encoders.py distributed.py quantised.py card.py huggingface_docs.py attach.py checkpoint.py text.py surroundings.py)
 
 .PHONY: help setup demo demo-full demo-bundle study docs docs-built docs-current test test-all test-oldest test-quantised test-pythons \
 	test-plain lint types clean

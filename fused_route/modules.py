@@ -305,6 +305,15 @@ class RoutedAdapter(AdapterCall, Bottleneck):
         return shown if self.residual else f"{shown}, residual=False"
 
 
+# With what accelerate has done to the base, a layer would run as the base did before.
+OWN = ("base", "base_layer", "_hf_hook", "_old_forward")
+
+
+def is_own(name: str) -> bool:
+    """Whether an attribute is asked of a layer, not of the base: its __deepcopy__ copies that."""
+    return name in OWN or name.startswith("__")
+
+
 class AdaptedModule(nn.Module):
     """A module of a model with an adapter behind it, y = adapter(base(…)), or in front of it.
 
@@ -334,7 +343,7 @@ class AdaptedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base":
+            if is_own(name):
                 raise
             return getattr(super().__getattr__("base"), name)
 

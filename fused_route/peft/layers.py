@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..bottleneck import NO_REPLICAS, Bottleneck, Routed
 from ..config import HOSTS
 from ..merge import refuse_to_merge
-from ..modules import AdapterCall, LinearCall, RoutedLinear, behind, by_name, in_front
+from ..modules import AdapterCall, LinearCall, RoutedLinear, behind, by_name, in_front, is_own
 from ..recording import Recorders
 
 # Attributes of a layer that are no parameters.
@@ -32,9 +32,6 @@ COMMON = (
     "label",
     "project",
 )
-
-# With what accelerate has done to the base, a layer would run as the base did before.
-NOT_PASSED_ON = ("base_layer", "_hf_hook", "_old_forward")
 
 
 def containers(host: str) -> tuple[str, ...]:
@@ -259,7 +256,7 @@ class RoutedAdapterLayer(RoutedTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in NOT_PASSED_ON or name.startswith("__"):  # __deepcopy__ would copy the base
+            if is_own(name):
                 raise
             base: Any = super().__getattr__("base_layer")
             is_pefts = isinstance(base, BaseTunerLayer)  # and has lora_A, which this layer has not
