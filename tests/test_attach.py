@@ -30,10 +30,10 @@ def bert(layers: int = 3) -> BertModel:
     return BertModel(config, add_pooling_layer=True).eval()
 
 
-def gpt2() -> GPT2LMHeadModel:
+def gpt2(**settings: Any) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16,
-                   bos_token_id=0, eos_token_id=0)
+                   bos_token_id=0, eos_token_id=0, **settings)
     ).eval()  # fmt: skip
 
 
