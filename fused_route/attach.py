@@ -30,6 +30,7 @@ from .routing_input import RoutingInput
 from .targets import find_targets, refuse_compiled
 from .text import follow
 from .together import PROJECT
+from .written import class_name, read_for
 
 OF_PROJECTOR = f"base_model.{PROJECTOR}."  # names of its tensors in a checkpoint
 
@@ -129,7 +130,7 @@ class Attached:
         settings = self.config.to_json()
         name = getattr(getattr(self.model, "config", None), "_name_or_path", None)
         description = {
-            "auto_mapping": {"base_model_class": _class_name(self.model)},
+            "auto_mapping": {"base_model_class": class_name(self.model)},
             "base_model_name_or_path": name or None,
             "fused_route_version": __version__,
         }
@@ -146,9 +147,7 @@ class Attached:
                 file; missing or unexpected tensors, or tensors of another shape.
         """
         expected = self.tensors()
-        written = checkpoint.read_config(directory)
-        theirs = _config(written, directory)
-        _refuse_other_model(self.model, written, directory)
+        written, theirs = read_for(self.model, directory)
         differences = self.config.differences(theirs)
         if differences:
             raise ValueError(f"{directory} holds another adapter: {'; '.join(differences)}")
@@ -263,9 +262,7 @@ def attach(
         raise ValueError(
             f"config must be a RoutedConfig or a directory, got {type(config).__name__}"
         )
-    written = checkpoint.read_config(config)
-    _refuse_other_model(model, written, config)
-    theirs = _config(written, config)
+    written, theirs = read_for(model, config)
     # before anything of these sizes is made
     tensors = checkpoint.read_tensors(config, identity_of(written))
     is_read = theirs.routing().route.takes != "nothing" or any(map(_is_projectors, tensors))
@@ -353,31 +350,5 @@ def checkpoint_activations(model: nn.Module, context: RoutingContext, **kwargs: 
     )
 
 
-def _config(written: dict[str, Any], directory: str | os.PathLike[str]) -> RoutedConfig:
-    """`RoutedConfig.from_json`, naming the checkpoint in its errors."""
-    try:
-        return RoutedConfig.from_json(written)
-    except ValueError as error:
-        raise ValueError(f"{directory}/{checkpoint.CONFIG}: {error}") from None
-
-
-def _refuse_other_model(
-    model: nn.Module, written: dict[str, Any], directory: str | os.PathLike[str]
-) -> None:
-    mapping = written.get("auto_mapping")
-    theirs = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    if theirs not in (None, _class_name(model)):
-        raise ValueError(
-            f"{directory} is an adapter for {theirs}, this model is a {_class_name(model)}"
-        )
-
-
 def _is_projectors(name: str) -> bool:
     return name.startswith(OF_PROJECTOR)
-
-
-def _class_name(model: nn.Module) -> str:
-    """Of the model's own class: fully_shard gives it one of its own, derived from it."""
-    classes = type(model).__mro__
-    own = (of for of in classes if not of.__module__.startswith("torch.distributed.fsdp"))
-    return next(own).__name__

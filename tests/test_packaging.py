@@ -233,6 +233,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
     "checkpoint": {"checks"},
     "before": {"build", "checkpoint", "modules"},
     "card": {"__version__", "checkpoint"},
+    "written": {"checkpoint", "config", "targets"},
     "published": {"bottleneck", "checkpoint", "checks", "modules"},
     "testing": set(),
     "freezing": {"config", "targets"},
@@ -256,6 +257,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
         "targets",
         "text",
         "together",
+        "written",
     },
 }
 
