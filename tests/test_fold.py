@@ -311,6 +311,34 @@ def test_a_folded_layer_cannot_be_changed_unseen() -> None:
         made(x_h, 3)
 
 
+def test_unfolding_leaves_later_images_alone() -> None:
+    made, x_h, x_r = layer("linear", "mul"), torch.randn(1, 2, D), torch.randn(1, D)
+    first = fold(made, torch.randn(1, D))
+    unfold(made)
+    second = fold(made, x_r)
+    expected = made(x_h)
+    first.unfold()
+    assert torch.equal(made(x_h), expected) and second.layers == [made]
+    second.unfold()
+    assert made.folded is None
+
+
+def test_hooks_put_on_the_base_of_a_folded_layer_are_refused() -> None:
+    made, x_h, x_r = layer("linear", "mul"), torch.randn(1, 2, D), torch.randn(1, D)
+    base: Any = made.base
+    with fold(made, x_r, into="host"):
+        expected = made(x_h)
+        for hook in (base.register_forward_hook, base.register_full_backward_hook):
+            handle = hook(lambda *_: None)
+            with pytest.raises(ValueError, match="without hooks, got Linear with hooks"):
+                made(x_h)
+            handle.remove()
+        assert torch.equal(made(x_h), expected)
+    base.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="without hooks, got Linear with hooks"):
+        fold(made, x_r, into="host")
+
+
 def test_copies_of_a_folded_model_work() -> None:
     made, x_h, x_r = layer("adapter", "mul"), torch.randn(1, 2, D), torch.randn(1, D)
     with fold(made, x_r):
