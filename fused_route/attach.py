@@ -19,7 +19,7 @@ from .build import (
     refuse_uninitialised,
 )
 from .card import write_card
-from .checks import one_of, truth
+from .checks import one_of, shown, truth
 from .config import HOSTS, RoutedConfig, identity_of
 from .context import RoutingContext, VisualProjector, own_context
 from .freezing import saved
@@ -84,8 +84,9 @@ class Attached:
         model's own method.
 
         Raises:
-            ValueError: the model has no such method; checkpoint its parts with
-                context_fn=context.checkpoint_contexts.
+            ValueError: the model has no such method (checkpoint its parts with
+                context_fn=context.checkpoint_contexts); or activation_checkpointing_kwargs or
+                gradient_checkpointing_kwargs are given, which are set here.
         """
         checkpoint_activations(self.model, self.context, **kwargs)
 
@@ -333,9 +334,16 @@ def checkpoint_activations(model: nn.Module, context: RoutingContext, **kwargs: 
         kwargs: for the model's own method.
 
     Raises:
-        ValueError: the model has no such method.
+        ValueError: the model has no such method, or kwargs has what it is given here.
     """
-    for kind in ("activation", "gradient"):  # the second until transformers 5.x renamed it
+    kinds = ("activation", "gradient")  # the second until transformers 5.x renamed it
+    for name in (f"{kind}_checkpointing_kwargs" for kind in kinds):
+        if name in kwargs:
+            raise ValueError(
+                f"{name}={shown(kwargs[name])}: its use_reentrant and context_fn are set here, so "
+                "that the image is kept; leave it out"
+            )
+    for kind in kinds:
         enable = getattr(model, f"{kind}_checkpointing_enable", None)
         if enable is not None:
             captured = {

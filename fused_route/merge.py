@@ -108,6 +108,7 @@ def _bytes(tensor: Tensor) -> tuple[int, int, int]:
     memory = tensor.untyped_storage().data_ptr()
     if not memory:
         return id(tensor), 0, 1
-    start = tensor.storage_offset() * tensor.element_size()
+    first = int(tensor.storage_offset())
     steps = ((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return memory, start, start + (sum(steps) + 1) * tensor.element_size()
+    last = first + int(sum(steps))
+    return memory, first * tensor.element_size(), (last + 1) * tensor.element_size()

@@ -1,4 +1,4 @@
-"""Images folded into layers, and updates merged into bases: equal, reversible, or refused."""
+"""Images folded into layers: equal, reversible, or refused."""
 
 import copy
 import pickle
