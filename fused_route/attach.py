@@ -22,6 +22,7 @@ from .card import write_card
 from .checks import one_of, shown, truth
 from .config import HOSTS, RoutedConfig, identity_of
 from .context import RoutingContext, VisualProjector, own_context
+from .fold import views_of
 from .freezing import saved
 from .functional import IMPLS, PLANS, Impl, ProductPlan
 from .merge import merge
@@ -122,8 +123,9 @@ class Attached:
         Beside them README.md gets a section that says what this is and how it loads; what else is
         in it stays.
 
-        (The model's own save_pretrained would write wrapped modules under names that no plain
-        model has.)
+        What was unfrozen by hand after `attach` trains but is not saved: name it in modules_to_save
+        or train. (The model's own save_pretrained would write wrapped modules under names that no
+        plain model has.)
 
         Raises:
             ValueError: detached, or `directory` is a file.
@@ -162,7 +164,8 @@ class Attached:
         """Takes everything out again: the model is bit for bit what it was before `attach`.
 
         modules_to_save and buffers (a norm's running statistics) get their old values back,
-        requires_grad its old setting; gradients of modules_to_save are dropped. A buffer that the
+        requires_grad its old setting; gradients of modules_to_save are dropped. Values of what was
+        unfrozen by hand after `attach`, and has trained, stay as they are. A buffer that the
         model has replaced since by one of another shape, or by None, is left as it is: a cache of
         rotary embeddings that grew, on whose length the model counts.
 
@@ -242,8 +245,8 @@ def attach(
 
     Raises:
         ValueError: nothing matches, a target that cannot be adapted, a model that is attached to
-            already or compiled (attach first, then compile), or a checkpoint that does not fit. The
-            model is then as it was.
+            already, has routed adapters of PEFT's or is compiled (attach first, then compile), or a
+            checkpoint that does not fit. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch module, got {type(model).__name__}")
@@ -287,6 +290,11 @@ def _attach(
     for name, module in model.named_modules():
         if isinstance(module, Bottleneck):
             raise ValueError(f"model has a routed layer already ({name}): detach it first")
+        if views_of(module):
+            raise ValueError(
+                f"model has a routed layer of PEFT's already ({name}), which would be frozen: "
+                "unload() it first, or add_adapter there"
+            )
     refuse_uninitialised(model)
     targets = find_targets(model, config)
     before = _Before(saved=saved(model, config, targets))

@@ -224,8 +224,13 @@ def unfold(model: nn.Module) -> None:
         raise ValueError(f"model must be a torch module, got {type(model).__name__}")
     for module in model.modules():
         layers = [module] if isinstance(module, Bottleneck) else []
-        for layer in (*layers, *getattr(module, "views", {}).values()):
+        for layer in (*layers, *views_of(module)):
             layer.folded = None
+
+
+def views_of(module: Any) -> list[Layer]:
+    """The routed adapters that a target of PEFT's has, known without importing PEFT."""
+    return list(module.views.values()) if hasattr(module, "active_views") else []
 
 
 def routed_layers(model: nn.Module) -> Iterator[Layer]:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .bases import plain_base
 from .bottleneck import Bottleneck
-from .fold import Layer, added
+from .fold import Layer, added, views_of
 from .modules import LinearCall, RoutedLinear
 
 
@@ -47,7 +47,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 def refuse_to_merge(model: nn.Module) -> None:
     """ValueError where layers are PEFT's: why they do not merge, or what merges them."""
-    views = [view for module in model.modules() for view in getattr(module, "views", {}).values()]
+    views = [view for module in model.modules() for view in views_of(module)]
     for view in views:
         _refuse_kind(view)
     if views:

@@ -249,6 +249,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
         "checks",
         "config",
         "context",
+        "fold",
         "freezing",
         "functional",
         "merge",

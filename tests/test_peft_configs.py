@@ -76,6 +76,20 @@ def test_all_linear_layers(name: str, kind: str, tmp_path: Path) -> None:
         assert adapted(model, "second") == adapted(model)
 
 
+def test_attach_refuses_a_model_with_routed_adapters_of_pefts() -> None:
+    """They would be frozen."""
+    base = MODELS["bert"]()
+    model = peft.get_peft_model(base, RoutedLoraConfig(target_modules=["query"], r=2))
+    trains = [p.requires_grad for p in model.parameters()]
+    for of in (model, base):
+        with pytest.raises(ValueError, match=r"of PEFT's already \(.*layer\.0.*query\).*unload"):
+            attach(of, RoutedConfig(["value"], r=2))
+    assert [p.requires_grad for p in model.parameters()] == trains
+    attach(model.unload(), RoutedConfig(["value"], r=2)).detach()
+    base.views = 2  # of a model's own, which may be called anything
+    attach(base, RoutedConfig(["value"], route="none", r=2)).merge()
+
+
 def tokens_classifier() -> BertForTokenClassification:
     return BertForTokenClassification(bert().config)
 
