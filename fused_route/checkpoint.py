@@ -201,7 +201,10 @@ def _untied(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iter
     first: dict[int, str] = {}
     for name, tensor in expected.items():
         other = first.setdefault(id(tensor), name)
-        if not torch.equal(found[name], found[other]):
+        if other == name:
+            continue
+        values = (found[of].to(tensor.dtype) for of in (name, other))  # as they are copied
+        if not torch.equal(*values):
             yield f"{other} and {name} differ, which are tied in the model: untie them first"
 
 
