@@ -1,7 +1,7 @@
 """Putting routed layers into a model, and taking them out again."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -287,14 +287,7 @@ def _attach(
     project: str,
     is_read: bool,
 ) -> Attached:
-    for name, module in model.named_modules():
-        if isinstance(module, Bottleneck):
-            raise ValueError(f"model has a routed layer already ({name}): detach it first")
-        if views_of(module):
-            raise ValueError(
-                f"model has a routed layer of PEFT's already ({name}), which would be frozen: "
-                "unload() it first, or add_adapter there"
-            )
+    _refuse_routed(model)
     refuse_uninitialised(model)
     targets = find_targets(model, config)
     before = _Before(saved=saved(model, config, targets))
@@ -304,9 +297,7 @@ def _attach(
     projector = None
     if is_read:
         projector = build_projector(model, config, widths, context, targets[0].module)
-
     before.hooks += follow(model, config, targets, context)
-
     # Nothing is refused from here on.
     before.hooks += padded(model, targets)
     before.read(model)
@@ -317,10 +308,7 @@ def _attach(
             put(model, name, module)
         if isinstance(module, AdaptedModule):
             module.recorders.take(target.module)
-    for name in before.saved:
-        tensor = find(model, name)
-        assert tensor is not None
-        tensor.requires_grad_(isinstance(tensor, nn.Parameter) and tensor.is_floating_point())
+    _unfreeze(model, before.saved)
     if projector is not None:
         context.projector = projector
         model.add_module(PROJECTOR, projector)
@@ -331,6 +319,25 @@ def _attach(
         layer.project = when
         context.together.add(layer, when)
     return Attached(model, config, context, layers, projector, before)
+
+
+def _unfreeze(model: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        tensor = find(model, name)
+        assert tensor is not None
+        tensor.requires_grad_(isinstance(tensor, nn.Parameter) and tensor.is_floating_point())
+
+
+def _refuse_routed(model: nn.Module) -> None:
+    """ValueError where a model has routed layers already, of this library's or of PEFT's."""
+    for name, module in model.named_modules():
+        if isinstance(module, Bottleneck):
+            raise ValueError(f"model has a routed layer already ({name}): detach it first")
+        if views_of(module):
+            raise ValueError(
+                f"model has a routed layer of PEFT's already ({name}), which would be frozen: "
+                "unload() it first, or add_adapter there"
+            )
 
 
 def checkpoint_activations(model: nn.Module, context: RoutingContext, **kwargs: Any) -> None:
