@@ -1,7 +1,7 @@
 """Putting routed layers into a model, and taking them out again."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,9 +19,10 @@ from .build import (
     refuse_uninitialised,
 )
 from .card import write_card
-from .checks import one_of, truth
+from .checks import one_of, shown, truth
 from .config import HOSTS, RoutedConfig, identity_of
 from .context import RoutingContext, VisualProjector, own_context
+from .fold import views_of
 from .freezing import saved
 from .functional import IMPLS, PLANS, Impl, ProductPlan
 from .merge import merge
@@ -30,6 +31,7 @@ from .routing_input import RoutingInput
 from .targets import find_targets, refuse_compiled
 from .text import follow
 from .together import PROJECT
+from .written import class_name, read_for
 
 OF_PROJECTOR = f"base_model.{PROJECTOR}."  # names of its tensors in a checkpoint
 
@@ -83,8 +85,9 @@ class Attached:
         model's own method.
 
         Raises:
-            ValueError: the model has no such method; checkpoint its parts with
-                context_fn=context.checkpoint_contexts.
+            ValueError: the model has no such method (checkpoint its parts with
+                context_fn=context.checkpoint_contexts); or activation_checkpointing_kwargs or
+                gradient_checkpointing_kwargs are given, which are set here.
         """
         checkpoint_activations(self.model, self.context, **kwargs)
 
@@ -120,8 +123,9 @@ class Attached:
         Beside them README.md gets a section that says what this is and how it loads; what else is
         in it stays.
 
-        (The model's own save_pretrained would write wrapped modules under names that no plain
-        model has.)
+        What was unfrozen by hand after `attach` trains but is not saved: name it in modules_to_save
+        or train. (The model's own save_pretrained would write wrapped modules under names that no
+        plain model has.)
 
         Raises:
             ValueError: detached, or `directory` is a file.
@@ -129,7 +133,7 @@ class Attached:
         settings = self.config.to_json()
         name = getattr(getattr(self.model, "config", None), "_name_or_path", None)
         description = {
-            "auto_mapping": {"base_model_class": _class_name(self.model)},
+            "auto_mapping": {"base_model_class": class_name(self.model)},
             "base_model_name_or_path": name or None,
             "fused_route_version": __version__,
         }
@@ -146,9 +150,7 @@ class Attached:
                 file; missing or unexpected tensors, or tensors of another shape.
         """
         expected = self.tensors()
-        written = checkpoint.read_config(directory)
-        theirs = _config(written, directory)
-        _refuse_other_model(self.model, written, directory)
+        written, theirs = read_for(self.model, directory)
         differences = self.config.differences(theirs)
         if differences:
             raise ValueError(f"{directory} holds another adapter: {'; '.join(differences)}")
@@ -162,7 +164,8 @@ class Attached:
         """Takes everything out again: the model is bit for bit what it was before `attach`.
 
         modules_to_save and buffers (a norm's running statistics) get their old values back,
-        requires_grad its old setting; gradients of modules_to_save are dropped. A buffer that the
+        requires_grad its old setting; gradients of modules_to_save are dropped. Values of what was
+        unfrozen by hand after `attach`, and has trained, stay as they are. A buffer that the
         model has replaced since by one of another shape, or by None, is left as it is: a cache of
         rotary embeddings that grew, on whose length the model counts.
 
@@ -242,8 +245,8 @@ def attach(
 
     Raises:
         ValueError: nothing matches, a target that cannot be adapted, a model that is attached to
-            already or compiled (attach first, then compile), or a checkpoint that does not fit. The
-            model is then as it was.
+            already, has routed adapters of PEFT's or is compiled (attach first, then compile), or a
+            checkpoint that does not fit. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch module, got {type(model).__name__}")
@@ -263,9 +266,7 @@ def attach(
         raise ValueError(
             f"config must be a RoutedConfig or a directory, got {type(config).__name__}"
         )
-    written = checkpoint.read_config(config)
-    _refuse_other_model(model, written, config)
-    theirs = _config(written, config)
+    written, theirs = read_for(model, config)
     # before anything of these sizes is made
     tensors = checkpoint.read_tensors(config, identity_of(written))
     is_read = theirs.routing().route.takes != "nothing" or any(map(_is_projectors, tensors))
@@ -286,9 +287,7 @@ def _attach(
     project: str,
     is_read: bool,
 ) -> Attached:
-    for name, module in model.named_modules():
-        if isinstance(module, Bottleneck):
-            raise ValueError(f"model has a routed layer already ({name}): detach it first")
+    _refuse_routed(model)
     refuse_uninitialised(model)
     targets = find_targets(model, config)
     before = _Before(saved=saved(model, config, targets))
@@ -298,9 +297,7 @@ def _attach(
     projector = None
     if is_read:
         projector = build_projector(model, config, widths, context, targets[0].module)
-
     before.hooks += follow(model, config, targets, context)
-
     # Nothing is refused from here on.
     before.hooks += padded(model, targets)
     before.read(model)
@@ -311,10 +308,7 @@ def _attach(
             put(model, name, module)
         if isinstance(module, AdaptedModule):
             module.recorders.take(target.module)
-    for name in before.saved:
-        tensor = find(model, name)
-        assert tensor is not None
-        tensor.requires_grad_(isinstance(tensor, nn.Parameter) and tensor.is_floating_point())
+    _unfreeze(model, before.saved)
     if projector is not None:
         context.projector = projector
         model.add_module(PROJECTOR, projector)
@@ -327,6 +321,25 @@ def _attach(
     return Attached(model, config, context, layers, projector, before)
 
 
+def _unfreeze(model: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        tensor = find(model, name)
+        assert tensor is not None
+        tensor.requires_grad_(isinstance(tensor, nn.Parameter) and tensor.is_floating_point())
+
+
+def _refuse_routed(model: nn.Module) -> None:
+    """ValueError where a model has routed layers already, of this library's or of PEFT's."""
+    for name, module in model.named_modules():
+        if isinstance(module, Bottleneck):
+            raise ValueError(f"model has a routed layer already ({name}): detach it first")
+        if views_of(module):
+            raise ValueError(
+                f"model has a routed layer of PEFT's already ({name}), which would be frozen: "
+                "unload() it first, or add_adapter there"
+            )
+
+
 def checkpoint_activations(model: nn.Module, context: RoutingContext, **kwargs: Any) -> None:
     """Turns on a Hugging Face model's activation (gradient) checkpointing, image included.
 
@@ -336,9 +349,16 @@ def checkpoint_activations(model: nn.Module, context: RoutingContext, **kwargs: 
         kwargs: for the model's own method.
 
     Raises:
-        ValueError: the model has no such method.
+        ValueError: the model has no such method, or kwargs has what it is given here.
     """
-    for kind in ("activation", "gradient"):  # the second until transformers 5.x renamed it
+    kinds = ("activation", "gradient")  # the second until transformers 5.x renamed it
+    for name in (f"{kind}_checkpointing_kwargs" for kind in kinds):
+        if name in kwargs:
+            raise ValueError(
+                f"{name}={shown(kwargs[name])}: its use_reentrant and context_fn are set here, so "
+                "that the image is kept; leave it out"
+            )
+    for kind in kinds:
         enable = getattr(model, f"{kind}_checkpointing_enable", None)
         if enable is not None:
             captured = {
@@ -353,31 +373,5 @@ def checkpoint_activations(model: nn.Module, context: RoutingContext, **kwargs: 
     )
 
 
-def _config(written: dict[str, Any], directory: str | os.PathLike[str]) -> RoutedConfig:
-    """`RoutedConfig.from_json`, naming the checkpoint in its errors."""
-    try:
-        return RoutedConfig.from_json(written)
-    except ValueError as error:
-        raise ValueError(f"{directory}/{checkpoint.CONFIG}: {error}") from None
-
-
-def _refuse_other_model(
-    model: nn.Module, written: dict[str, Any], directory: str | os.PathLike[str]
-) -> None:
-    mapping = written.get("auto_mapping")
-    theirs = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    if theirs not in (None, _class_name(model)):
-        raise ValueError(
-            f"{directory} is an adapter for {theirs}, this model is a {_class_name(model)}"
-        )
-
-
 def _is_projectors(name: str) -> bool:
     return name.startswith(OF_PROJECTOR)
-
-
-def _class_name(model: nn.Module) -> str:
-    """Of the model's own class: fully_shard gives it one of its own, derived from it."""
-    classes = type(model).__mro__
-    own = (of for of in classes if not of.__module__.startswith("torch.distributed.fsdp"))
-    return next(own).__name__

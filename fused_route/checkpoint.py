@@ -170,7 +170,8 @@ def check_tensors(
     """Names, shapes and kinds of numbers must agree, and there must be memory to copy into.
 
     Raises:
-        ValueError: lists what is missing, unexpected, or of another shape or kind.
+        ValueError: lists what is missing, unexpected, of another shape or kind, or of two values
+            where the model has one tensor.
     """
     problems = [
         f"{what}: {_some(sorted(names))}"
@@ -187,10 +188,24 @@ def check_tensors(
     ]
     if other:
         problems.append(_some(other))
+    if not problems:
+        problems += _untied(found, expected)
     if any(tensor.is_meta for tensor in expected.values()):
         problems.append("the model is on the meta device, which holds no values")
     if problems:
         raise ValueError(f"{path} does not fit this model; {'; '.join(problems)}")
+
+
+def _untied(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
+    """Names of one tensor of the model that differ in the file: PEFT trains copies of modules."""
+    first: dict[int, str] = {}
+    for name, tensor in expected.items():
+        other = first.setdefault(id(tensor), name)
+        if other == name:
+            continue
+        values = (found[of].to(tensor.dtype) for of in (name, other))  # as they are copied
+        if not torch.equal(*values):
+            yield f"{other} and {name} differ, which are tied in the model: untie them first"
 
 
 def _kind(tensor: Tensor) -> tuple[int, ...] | str:

@@ -115,6 +115,8 @@ class RoutedConfig:
             the first number in a module's name, or the one after `layers_pattern`.
         layers_pattern: name or names before the layer index, such as "layers" or "h".
         modules_to_save: names or suffixes of modules that stay trainable and are saved too.
+            A weight that is tied to that of another module (an output embedding's to the input's)
+            is refused, unless all modules that share it are named.
         train: what else of the model trains and is saved: "host_bias", the biases of the targets;
             "norms", the layer norms of every block with a target; "pooler" and "head", of a Hugging
             Face model. Everything else is frozen.

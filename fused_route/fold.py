@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bases import plain_base
+from .bases import is_hooked, plain_base
 from .bottleneck import Bottleneck, More
 from .checks import one_of, whole
 from .modules import LinearCall
@@ -121,6 +121,8 @@ class IntoHost(_Image):
 
     def __call__(self, x_h: Tensor, more: More, **base_out: Tensor) -> Tensor:
         self.check(x_h)
+        if is_hooked(self.layer.base):  # put there since: the base is not called
+            raise needs_plain_base(self.layer)
         if any(more):
             raise ValueError(f"{self.layer.label} has an image folded in and takes x_h alone")
         if base_out:
@@ -140,14 +142,19 @@ class Folded:
 
     def __init__(self, images: list[_Image]) -> None:
         self.layers = [image.layer for image in images]
+        self._images = images
         for image in images:
             image.layer.folded = image
 
     def unfold(self) -> None:
-        """The layers are what they were, bit for bit: no parameter was touched."""
-        for layer in self.layers:
-            layer.folded = None
-        self.layers = []
+        """The layers are what they were, bit for bit: no parameter was touched.
+
+        One that was unfolded otherwise, and holds another image since, keeps that.
+        """
+        for image in self._images:
+            if image.layer.folded is image:
+                image.layer.folded = None
+        self.layers, self._images = [], []
 
     def __enter__(self) -> "Folded":
         return self
@@ -179,6 +186,9 @@ def fold(
     Layers of route "none" stay as they are. A layer, or its base, that has changed since refuses to
     run; torch does not count changes through a parameter's `.data`, and compiled calls look at
     none: these go unseen, fold again.
+
+    Gradients reach the inputs of a folded model, but not what the image was folded with: A gets
+    none, or a part, while B may get its own. Unfold before you train, also in evaluation mode.
 
     Raises:
         ValueError: no layer is routed by an image, one whose route is not affine in x_t (relu,
@@ -214,8 +224,13 @@ def unfold(model: nn.Module) -> None:
         raise ValueError(f"model must be a torch module, got {type(model).__name__}")
     for module in model.modules():
         layers = [module] if isinstance(module, Bottleneck) else []
-        for layer in (*layers, *getattr(module, "views", {}).values()):
+        for layer in (*layers, *views_of(module)):
             layer.folded = None
+
+
+def views_of(module: Any) -> list[Layer]:
+    """The routed adapters that a target of PEFT's has, known without importing PEFT."""
+    return list(module.views.values()) if hasattr(module, "active_views") else []
 
 
 def routed_layers(model: nn.Module) -> Iterator[Layer]:
@@ -250,10 +265,16 @@ def refuse_unfoldable(layer: Layer, into: str) -> None:
         if not isinstance(layer, LinearCall):
             raise ValueError(f"{layer.label} is an adapter: it folds into='bottleneck' only")
         if plain_base(layer.base)[0] is None:
-            raise ValueError(
-                f"{layer.label}: into='host' needs a base that is a plain nn.Linear or Conv1D "
-                f"without hooks, got {type(layer.base).__name__}"
-            )
+            raise needs_plain_base(layer)
+
+
+def needs_plain_base(layer: Layer) -> ValueError:
+    """Why this layer's base cannot hold the image."""
+    hooked = " with hooks" if isinstance(layer.base, nn.Module) and is_hooked(layer.base) else ""
+    return ValueError(
+        f"{layer.label}: into='host' needs a base that is a plain nn.Linear or Conv1D without "
+        f"hooks, got {type(layer.base).__name__}{hooked}"
+    )
 
 
 def groups(layer: Layer) -> int:

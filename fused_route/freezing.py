@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from .config import RoutedConfig
 from .targets import Target, block_of, is_named, refuse_compiled
 
+_UNTIE = "untie them first (transformers: from_pretrained(…, tie_word_embeddings=False))"
+
 
 def saved(model: nn.Module, config: RoutedConfig, targets: list[Target]) -> dict[str, Tensor]:
     """Copies of everything of the model that trains, by name: modules_to_save and train.
@@ -31,9 +33,11 @@ def modules_to_save(
     """Copies of every parameter and buffer in modules_to_save, by name in the model.
 
     Raises:
-        ValueError: a name that no module has, or a module with a target in it.
+        ValueError: a name that no module has, a module with a target in it, or one with a parameter
+            that is tied to another module's.
     """
     saved: dict[str, Tensor] = {}
+    modules: list[str] = []
     targeted = {name for target in targets for name in target.names}
     missed = set(config.modules_to_save)
     for name, module in model.named_modules():
@@ -44,11 +48,32 @@ def modules_to_save(
         inside = [t for t in targeted if t == name or t.startswith(f"{name}.")]
         if inside:
             raise ValueError(f"modules_to_save has {name}, in which {inside[0]} is a target")
+        modules.append(name)
         state = module.state_dict(keep_vars=True)
         saved |= {f"{name}.{key}": value.detach().clone() for key, value in state.items()}
     if missed:
         raise ValueError(f"modules_to_save: no module is called {', '.join(sorted(missed))}")
+    _refuse_tied(model, modules)
     return saved
+
+
+def _refuse_tied(model: nn.Module, modules: list[str]) -> None:
+    """ValueError where a parameter of these modules is one of the rest of the model too.
+
+    In place it would train there as well. PEFT trains copies of the modules, so that it would make
+    another model of the same file.
+    """
+    inside: dict[int, str] = {}
+    outside: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        is_saved = any(name.startswith(f"{module}.") for module in modules)
+        (inside if is_saved else outside).setdefault(id(parameter), name)
+    for key, name in inside.items():
+        if key in outside:
+            raise ValueError(
+                f"modules_to_save: {name} is tied to {outside[key]}, which would train too; "
+                f"{_UNTIE}"
+            )
 
 
 def _host_bias(
@@ -113,7 +138,7 @@ def _head(
         if id(parameter) in inside:
             raise ValueError(
                 f"train has 'head': {name} is tied to a parameter of the base model, which would "
-                "train too; untie them, or name what trains in modules_to_save"
+                f"train too; {_UNTIE}"
             )
         yield name, parameter
 

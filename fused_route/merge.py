@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .bases import plain_base
 from .bottleneck import Bottleneck
-from .fold import Layer, added
+from .fold import Layer, added, views_of
 from .modules import LinearCall, RoutedLinear
 
 
@@ -27,7 +27,7 @@ def merge(model: nn.Module) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, Bottleneck)]
     if not layers:
         raise ValueError(f"model={type(model).__name__} has no routed layer")
-    owners = _owners(model)
+    owners = _Owners(model)
     merged = {}
     for layer in layers:
         _refuse_unmergeable(layer, owners)
@@ -47,7 +47,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 def refuse_to_merge(model: nn.Module) -> None:
     """ValueError where layers are PEFT's: why they do not merge, or what merges them."""
-    views = [view for module in model.modules() for view in getattr(module, "views", {}).values()]
+    views = [view for module in model.modules() for view in views_of(module)]
     for view in views:
         _refuse_kind(view)
     if views:
@@ -69,7 +69,7 @@ def _refuse_kind(layer: Layer) -> None:
         raise ValueError(f"{layer.label} is an adapter: only routed linear layers merge")
 
 
-def _refuse_unmergeable(layer: Bottleneck, owners: dict[int, set[int]]) -> None:
+def _refuse_unmergeable(layer: Bottleneck, owners: "_Owners") -> None:
     _refuse_kind(layer)
     assert isinstance(layer, RoutedLinear)
     if plain_base(layer.base)[0] is None:
@@ -77,19 +77,38 @@ def _refuse_unmergeable(layer: Bottleneck, owners: dict[int, set[int]]) -> None:
             f"{layer.label}: merging needs a base that is a plain nn.Linear or Conv1D without "
             f"hooks, got {type(layer.base).__name__}"
         )
-    if len(owners[_memory(layer.weight)]) > 1:
+    if owners.several(layer.weight):
         raise ValueError(f"{layer.label}: the base's weight is tied to another module's")
 
 
-def _owners(model: nn.Module) -> dict[int, set[int]]:
-    """Modules that hold a parameter, by the memory that it lies in."""
-    owners: dict[int, set[int]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(_memory(parameter), set()).add(id(module))
-    return owners
+class _Owners:
+    """Modules that hold a parameter, by the bytes that it lies in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held: dict[int, list[tuple[int, int, int]]] = {}
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    memory, start, end = _bytes(parameter)
+                    self._held.setdefault(memory, []).append((start, end, id(module)))
+
+    def several(self, weight: Tensor) -> bool:
+        """Whether more than one module holds bytes of this weight."""
+        memory, start, end = _bytes(weight)
+        held = self._held.get(memory, [])
+        return len({module for first, last, module in held if first < end and start < last}) > 1
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() or id(tensor)
+def _bytes(tensor: Tensor) -> tuple[int, int, int]:
+    """Its memory, and the first byte and the one after the last that it takes of that.
+
+    Parameters may be views of one buffer, as torch.nn.utils.vector_to_parameters makes them. Where
+    there is no memory to point to, a tensor is its own.
+    """
+    memory = tensor.untyped_storage().data_ptr()
+    if not memory:
+        return id(tensor), 0, 1
+    first = int(tensor.storage_offset())
+    steps = ((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    last = first + int(sum(steps))
+    return memory, first * tensor.element_size(), (last + 1) * tensor.element_size()

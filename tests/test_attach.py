@@ -30,10 +30,10 @@ def bert(layers: int = 3) -> BertModel:
     return BertModel(config, add_pooling_layer=True).eval()
 
 
-def gpt2() -> GPT2LMHeadModel:
+def gpt2(**settings: Any) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16,
-                   bos_token_id=0, eos_token_id=0)
+                   bos_token_id=0, eos_token_id=0, **settings)
     ).eval()  # fmt: skip
 
 
@@ -235,6 +235,9 @@ def test_gradient_checkpointing_of_a_hugging_face_model(clear: str) -> None:
     attached.checkpoint_activations()
     for mine, theirs in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        with pytest.raises(ValueError, match=f"{name}=.*use_reentrant and context_fn are set here"):
+            attached.checkpoint_activations(**{name: {"use_reentrant": True}})
     plain = attach(nn.Sequential(nn.Linear(8, 8)), RoutedConfig(["0"]))
     with pytest.raises(ValueError, match="has no activation_checkpointing_enable"):
         plain.checkpoint_activations()

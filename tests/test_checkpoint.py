@@ -268,6 +268,21 @@ def test_tied_weights_and_strided_ones_are_saved_whole(tmp_path: Path) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_tied_weights_with_two_values_in_the_file_are_refused(tmp_path: Path) -> None:
+    """PEFT trains a copy of each: one tensor cannot take both."""
+    tied = ["wte", "lm_head"]
+    attach(gpt2(), RoutedConfig(["c_attn"], modules_to_save=tied)).save(tmp_path)
+    retensor(lambda t: t["base_model.model.lm_head.weight"].add_(1))(tmp_path)
+    model = gpt2()
+    before = model.lm_head.weight.clone()
+    with pytest.raises(ValueError, match=r"wte\.weight and .*lm_head\.weight differ"):
+        attach(model, tmp_path)
+    assert torch.equal(model.lm_head.weight, before)
+    untied = attach(gpt2(tie_word_embeddings=False), tmp_path).tensors()
+    for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
+        assert torch.equal(untied[name], tensor), name
+
+
 def test_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:
     trained(target_modules=["query"]).save(tmp_path)
     model = gpt2()

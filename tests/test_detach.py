@@ -62,7 +62,8 @@ def resized(model: Any) -> Callable[[], None]:
 
 CHANGED: dict[str, tuple[Callable[[], nn.Module], RoutedConfig, Callable[[Any], Any], str]] = {
     "resized": (
-        gpt2, RoutedConfig(["attn.c_proj"], modules_to_save=["wte"]), resized,
+        lambda: gpt2(tie_word_embeddings=False),
+        RoutedConfig(["attn.c_proj"], modules_to_save=["wte"]), resized,
         r"transformer\.wte\.weight is \(23, 8\), was \(20, 8\)",
     ),
     "gone": (

@@ -1,4 +1,4 @@
-"""Images folded into layers, and updates merged into bases: equal, reversible, or refused."""
+"""Images folded into layers: equal, reversible, or refused."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BUILT_IN, valid_tokens
-from test_attach import IDS, bert, gpt2
+from test_attach import IDS, gpt2
 from torch import Tensor, nn
 
 from fused_route import (
@@ -22,7 +22,6 @@ from fused_route import (
     attach,
     fold,
     matrix,
-    merge,
     unfold,
 )
 from fused_route.bottleneck import Bottleneck
@@ -312,6 +311,34 @@ def test_a_folded_layer_cannot_be_changed_unseen() -> None:
         made(x_h, 3)
 
 
+def test_unfolding_leaves_later_images_alone() -> None:
+    made, x_h, x_r = layer("linear", "mul"), torch.randn(1, 2, D), torch.randn(1, D)
+    first = fold(made, torch.randn(1, D))
+    unfold(made)
+    second = fold(made, x_r)
+    expected = made(x_h)
+    first.unfold()
+    assert torch.equal(made(x_h), expected) and second.layers == [made]
+    second.unfold()
+    assert made.folded is None
+
+
+def test_hooks_put_on_the_base_of_a_folded_layer_are_refused() -> None:
+    made, x_h, x_r = layer("linear", "mul"), torch.randn(1, 2, D), torch.randn(1, D)
+    base: Any = made.base
+    with fold(made, x_r, into="host"):
+        expected = made(x_h)
+        for hook in (base.register_forward_hook, base.register_full_backward_hook):
+            handle = hook(lambda *_: None)
+            with pytest.raises(ValueError, match="without hooks, got Linear with hooks"):
+                made(x_h)
+            handle.remove()
+        assert torch.equal(made(x_h), expected)
+    base.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="without hooks, got Linear with hooks"):
+        fold(made, x_r, into="host")
+
+
 def test_copies_of_a_folded_model_work() -> None:
     made, x_h, x_r = layer("adapter", "mul"), torch.randn(1, 2, D), torch.randn(1, D)
     with fold(made, x_r):
@@ -322,72 +349,3 @@ def test_copies_of_a_folded_model_work() -> None:
         unfold(copied)
         with pytest.raises(ValueError, match="has no routing input"):
             copied(x_h)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_merging(dtype: torch.dtype) -> None:
-    for host in ("linear", "conv1d"):
-        made = layer(host, "none").to(dtype)
-        assert isinstance(made, RoutedLinear)
-        nn.init.normal_(made.B, std=0.3)
-        model = nn.Sequential(made, nn.Identity())
-        x_h = torch.randn(2, 30, D).to(dtype)
-        truth, eager = copy.deepcopy(model).double()(x_h.double()), model(x_h)
-        base = made.base
-        assert merge(model) is model and model[0] is base
-        if dtype == torch.float64:
-            torch.testing.assert_close(model(x_h), truth, rtol=1e-12, atol=1e-12)
-        else:
-            assert_as_good_as_eager({"y": model(x_h)}, {"y": truth}, {"y": eager})
-
-
-def test_merging_an_attached_model() -> None:
-    model = bert()
-    keys = model.state_dict().keys()
-    flags = [p.requires_grad for p in model.parameters()]
-    attached = attach(model, RoutedConfig(["query", "value"], route="none", train=("norms",)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    expected = model(IDS)[0]
-    running = nn.BatchNorm1d(3)
-    running.running_mean = torch.randn(3)
-    model.add_module("statistics", running)
-    assert attached.merge() is model
-    assert running.running_mean.any()
-    del model.statistics
-    assert model.state_dict().keys() == keys
-    torch.testing.assert_close(model(IDS)[0], expected, rtol=1e-4, atol=1e-5)
-    assert [p.requires_grad for p in model.parameters()] == flags
-    with pytest.raises(ValueError, match="were detached"):
-        attached.merge()
-
-
-def test_what_cannot_be_merged_is_refused() -> None:
-    tied = nn.Sequential(layer("without_bias", "none"), nn.Linear(D, D))
-    base: Any = tied[0].base
-    tied[1].weight = nn.Parameter(base.weight.data)
-    for model, message in (
-        (layer("linear", "mul"), "no weight holds it for all images; fold"),
-        (layer("adapter", "none"), "is an adapter: only routed linear layers merge"),
-        (nn.Linear(2, 2), "model=Linear has no routed layer"),
-        (called("none"), "needs a base that is a plain"),
-        (tied, "tied to another module's"),
-        (nn.Sequential(layer("linear", "none"), layer("linear", "mul")), "fold"),
-    ):
-        before = values(model)
-        with pytest.raises(ValueError, match=message):
-            merge(model)
-        assert_untouched(model, before)
-    shared = layer("linear", "none")
-    twice = nn.ModuleDict({"a": shared, "b": shared})
-    merge(twice)
-    assert twice["a"] is twice["b"] is shared.base
-    model = nn.Sequential(nn.Linear(D, D))
-    attached = attach(model, RoutedConfig(["0"], route="none"))
-    merge(model)
-    with pytest.raises(ValueError, match="were merged into the model: there is no way back"):
-        attached.detach()
-    alone = layer("linear", "none")
-    assert isinstance(alone, RoutedLinear) and merge(alone) is alone.base

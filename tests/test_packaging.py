@@ -233,6 +233,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
     "checkpoint": {"checks"},
     "before": {"build", "checkpoint", "modules"},
     "card": {"__version__", "checkpoint"},
+    "written": {"checkpoint", "config", "targets"},
     "published": {"bottleneck", "checkpoint", "checks", "modules"},
     "testing": set(),
     "freezing": {"config", "targets"},
@@ -248,6 +249,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
         "checks",
         "config",
         "context",
+        "fold",
         "freezing",
         "functional",
         "merge",
@@ -256,6 +258,7 @@ LAYERS = {  # what a file of fused_route/ may import from the rest of it
         "targets",
         "text",
         "together",
+        "written",
     },
 }
 

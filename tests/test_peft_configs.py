@@ -2,14 +2,20 @@
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_peft import MODELS
+import torch
+from test_attach import bert
+from test_peft import MODELS, drawn, run, seeded
 from test_positions import classifier
+from transformers import BertForTokenClassification
 from vlm_models import VISUAL_WIDTH, vision_language
+
+from fused_route import RoutedConfig, attach
 
 peft = pytest.importorskip("peft", minversion="0.21")
 
@@ -69,6 +75,50 @@ def test_all_linear_layers(name: str, kind: str, tmp_path: Path) -> None:
     if "visual_width" not in settings:
         model.add_adapter("second", config())
         assert adapted(model, "second") == adapted(model)
+
+
+def test_attach_refuses_a_model_with_routed_adapters_of_pefts() -> None:
+    """They would be frozen."""
+    base = MODELS["bert"]()
+    model = peft.get_peft_model(base, RoutedLoraConfig(target_modules=["query"], r=2))
+    trains = [p.requires_grad for p in model.parameters()]
+    for of in (model, base):
+        with pytest.raises(ValueError, match=r"of PEFT's already \(.*layer\.0.*query\).*unload"):
+            attach(of, RoutedConfig(["value"], r=2))
+    assert [p.requires_grad for p in model.parameters()] == trains
+    attach(model.unload(), RoutedConfig(["value"], r=2)).detach()
+    base.views = 2  # of a model's own, which may be called anything
+    attach(base, RoutedConfig(["value"], route="none", r=2)).merge()
+
+
+def tokens_classifier() -> BertForTokenClassification:
+    return BertForTokenClassification(bert().config)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_names_that_peft_adds_for_a_task_are_left_out(task: str, tmp_path: Path) -> None:
+    """PEFT names "classifier" and "score", one of which a model has: files go both ways."""
+    make = seeded(classifier if task == "SEQ_CLS" else tokens_classifier)
+    config = RoutedLoraConfig(target_modules=["query"], r=2, task_type=task)
+    model = drawn(peft.get_peft_model(make(), config))
+    torch.nn.init.normal_(model.base_model.model.classifier.modules_to_save["default"].weight)
+    expected = run(model)
+    model.save_pretrained(tmp_path / "peft")
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert written["modules_to_save"] == ["classifier", "score"]
+
+    attached = attach(make(), tmp_path / "peft")
+    assert attached.config.modules_to_save == ("classifier",)
+    assert torch.equal(run(attached.model, attached.context), expected)
+    attached.load(tmp_path / "peft")
+    attached.save(tmp_path / "attach")
+    again = peft.PeftModel.from_pretrained(make(), tmp_path / "attach")
+    assert torch.equal(run(again), expected)
+    own = attach(make(), RoutedConfig(["query"], r=2, modules_to_save=["classifier"]))
+    own.load(tmp_path / "peft")
+    assert torch.equal(run(own.model, own.context), expected)
+    with pytest.raises(ValueError, match=r"unexpected: base_model\.model\.classifier\.bias"):
+        attach(make(), RoutedConfig(["query"], r=2)).load(tmp_path / "peft")
 
 
 VARIANTS: dict[str, Any] = {

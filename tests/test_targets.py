@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_attach import IDS, bert
+from test_attach import IDS, bert, gpt2
 from test_torch_encoders import Inside
 from torch import Tensor, nn
 
@@ -101,6 +101,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "saved missing": (
         lambda: attach(bert(), RoutedConfig(["query"], modules_to_save=("classifier",))),
         "no module is called classifier",
+    ),
+    "saved tied": (
+        lambda: attach(gpt2(), RoutedConfig(["c_attn"], modules_to_save=("lm_head",))),
+        r"lm_head\.weight is tied to transformer\.wte\.weight, which would train too; untie",
+    ),
+    "saved tied to the head": (
+        lambda: attach(gpt2(), RoutedConfig(["c_attn"], modules_to_save=("wte",))),
+        r"wte\.weight is tied to lm_head\.weight, which would train too; untie them first",
     ),
     "one of several": (
         lambda: attach(bert(), RoutedConfig(["query", "vale"])), "nothing is called vale"
