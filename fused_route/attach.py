@@ -22,7 +22,6 @@ from .card import write_card
 from .checks import one_of, shown, truth
 from .config import HOSTS, RoutedConfig, identity_of
 from .context import RoutingContext, VisualProjector, own_context
-from .fold import views_of
 from .freezing import saved
 from .functional import IMPLS, PLANS, Impl, ProductPlan
 from .merge import merge
@@ -333,7 +332,7 @@ def _refuse_routed(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Bottleneck):
             raise ValueError(f"model has a routed layer already ({name}): detach it first")
-        if views_of(module):
+        if hasattr(module, "active_views"):
             raise ValueError(
                 f"model has a routed layer of PEFT's already ({name}), which would be frozen: "
                 "unload() it first, or add_adapter there"

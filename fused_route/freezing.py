@@ -72,7 +72,7 @@ def _refuse_tied(model: nn.Module, modules: list[str]) -> None:
         if key in outside:
             raise ValueError(
                 f"modules_to_save: {name} is tied to {outside[key]}, which would train too; "
-                f"{_UNTIE}"
+                f"name all modules that share it, or {_UNTIE}"
             )
 
 

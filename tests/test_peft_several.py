@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_attach import IDS
-from test_peft import IMAGE, MODELS, drawn, lora, run
+from test_peft import IMAGE, MODELS, adapter, drawn, lora, run
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig
 from transformers import RobertaForSequenceClassification as RobertaClassifier
@@ -84,13 +84,40 @@ def test_disabled_they_need_nothing() -> None:
         model.base_model.model.get_decoder()(IDS)
 
 
-def test_kinds_are_not_active_together() -> None:
+def test_the_image_is_not_active_beside_another_kind() -> None:
     model = bart(of(DECODER), of(r".*decoder.*\.v_proj", "encoder"), of(r".*\.fc1"))
-    with pytest.raises(ValueError, match=r"routed by encoder and by image cannot be active"):
+    with pytest.raises(ValueError, match=r"routed by the image and by encoder cannot be active"):
         model.base_model.set_adapter(["0", "1"])
     assert model.base_model.active_adapters == ["0"]
     model.base_model.set_adapter(["0", "2"])
     run(model)
+    bert = peft.get_peft_model(MODELS["bert"](), lora("bert"))  # which has no hooks
+    bert.add_adapter("text", lora("bert", routed_by="text"))
+    bert.base_model.set_adapter(["default", "text"])
+    with context_of(bert).using(IMAGE, text_mask="all"):
+        assert drawn(bert)(IDS)[0].isfinite().all()
+
+
+def test_text_and_encoder_are_active_together() -> None:
+    """One in the encoder, one in the decoder: each does what it does alone."""
+    model = bart(of(r".*encoder\.layers.*\.q_proj", "text"), of(DECODER, "encoder"))
+    states = model.base_model.model.get_encoder()(IDS)
+    model.set_adapter("1")
+    expected = model(encoder_outputs=states, decoder_input_ids=IDS)[0]
+    alone = plain(model)
+    model.base_model.set_adapter(["0", "1"])
+    assert torch.equal(plain(model), expected) and not torch.equal(alone, expected)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:You are trying to modify", "ignore:Already found a `peft_config`"
+)
+def test_hooks_of_an_adapter_that_is_gone_do_nothing() -> None:
+    base = bart(of(DECODER, "encoder")).base_model.model
+    model = drawn(peft.get_peft_model(base, of(DECODER), adapter_name="0")).eval()
+    fresh = bart(of(DECODER))
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(run(model), run(fresh))
 
 
 def projected(**more: Any) -> Any:
@@ -105,10 +132,19 @@ def projectors(model: nn.Module) -> list[nn.Parameter]:
 def test_a_projector_is_never_shared() -> None:
     model = projected()
     before = model.state_dict().keys()
-    with pytest.raises(ValueError, match=r"adapter 'b': visual_width with several.*default, b"):
-        model.add_adapter("b", lora("bert"))
+    with pytest.raises(ValueError, match=r"adapter 'b': visual_width with several.*default"):
+        model.add_adapter("b", lora("bert", projector="frozen"))
     assert model.state_dict().keys() == before
     assert list(model.peft_config) == ["default"]
+    model.set_adapter("default")
+    assert all(p.requires_grad for p in projectors(model))
+
+
+def test_equal_widths_need_no_projector() -> None:
+    for config in (lora("bert", visual_width=8), adapter("bert", visual_width=8)):
+        model = peft.get_peft_model(MODELS["bert"](), config)
+        model.add_adapter("b", type(config)(r=2, target_modules=["query"]))
+        peft.inject_adapter_in_model(config, MODELS["bert"]())
 
 
 @pytest.mark.parametrize("projector", ["trainable", "frozen"])
@@ -173,6 +209,18 @@ def test_a_target_in_what_peft_copies_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"in which classifier.out_proj is a target"):
         other.add_adapter("b", lora("roberta", modules_to_save=["classifier"]))
+
+
+def test_route_none_needs_no_context_in_what_peft_copies() -> None:
+    torch.manual_seed(0)
+    base = RobertaClassifier(RobertaConfig(**TINY, max_position_embeddings=20)).eval()
+    settings: dict[str, Any] = {"r": 2, "target_modules": ["query", "dense"]}
+    with pytest.raises(ValueError, match=r"has classifier, by task_type='SEQ_CLS', in which"):
+        peft.get_peft_model(base, RoutedLoraConfig(**settings, task_type="SEQ_CLS"))
+    config = RoutedLoraConfig(**settings, task_type="SEQ_CLS", route="none")
+    model = peft.get_peft_model(base, config)
+    model(IDS).logits.sum().backward()
+    assert any("modules_to_save" in n for n, p in model.named_parameters() if p.grad is not None)
 
 
 def test_heads_that_peft_adds_by_the_task_are_passed_by() -> None:

@@ -104,11 +104,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "saved tied": (
         lambda: attach(gpt2(), RoutedConfig(["c_attn"], modules_to_save=("lm_head",))),
-        r"lm_head\.weight is tied to transformer\.wte\.weight, which would train too; untie",
+        r"lm_head\.weight is tied to transformer\.wte\.weight, which would train too; name all modules",
     ),
     "saved tied to the head": (
         lambda: attach(gpt2(), RoutedConfig(["c_attn"], modules_to_save=("wte",))),
-        r"wte\.weight is tied to lm_head\.weight, which would train too; untie them first",
+        r"wte\.weight is tied to lm_head\.weight, which would train too; name all",
     ),
     "one of several": (
         lambda: attach(bert(), RoutedConfig(["query", "vale"])), "nothing is called vale"

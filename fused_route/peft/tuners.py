@@ -11,6 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..attach import checkpoint_activations as turn_on
+from ..bases import hidden_width
 from ..build import (
     PROJECTOR,
     Builder,
@@ -51,36 +52,48 @@ def checkpoint_activations(model: nn.Module, **kwargs: Any) -> None:
     turn_on(model, context_of(model), **kwargs)
 
 
-def _has_projector(config: Any) -> bool:
-    """Whether an adapter of this configuration has a projector from the features' width."""
-    if getattr(config, "visual_width", None) is None:
+def _needs_projector(model: nn.Module, config: RoutedConfig, targets: list[Target]) -> bool:
+    """Whether features of visual_width have to be projected for layers that read them."""
+    if config.visual_width is None or not reads_projected(model, config, None):
         return False
-    return bool(config.routed().routing().route.takes != "nothing")
+    bases = (getattr(target.module, "base_layer", target.module) for target in targets)
+    position = config.position if config.host == "adapter" else "before"
+    try:
+        widths = {hidden_width(base, position, model) for base in bases}
+    except ValueError:  # which the layers' builder says with the target's name
+        return False
+    return widths != {config.visual_width}
 
 
-def _apart(model: nn.Module, targets: list[Target], config: PeftConfig) -> list[Target]:
+def _apart(model: nn.Module, targets: list[Target], config: Any) -> list[Target]:
     """The targets, none of them in what PEFT copies for modules_to_save, and each in one place.
 
-    A copy has a context that nobody sets. "all-linear" passes by what is in there; PEFT takes
-    modules_to_save for ends of names.
+    A copy has a context that nobody sets, which route "none" does without. "all-linear" passes by
+    what is in there; PEFT takes modules_to_save for ends of names.
 
     Raises:
         ValueError: another target in a module that is copied, or one with several names, of which
             PEFT replaces the first alone.
     """
-    saved: Any = tuple(getattr(config, "modules_to_save", None) or ())
+    routed = config.routed()
+    reads = routed.routing().route.takes != "nothing"
+    saved: Any = tuple(getattr(config, "modules_to_save", None) or ()) if reads else ()
     copied = [
         name
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper) or name.endswith(saved)
     ]
     inside = {name: outer for outer in copied for name in _names_in(model, outer)}
-    if getattr(config, "target_modules", None) == ALL_LINEAR:
+    if routed.target_modules == ALL_LINEAR:
         targets = [target for target in targets if target.names[0] not in inside]
     layers = (n for n, module in model.named_modules() if isinstance(module, RoutedTunerLayer))
     for name in (*layers, *(target.names[0] for target in targets)):
         if name in inside:
-            raise ValueError(f"modules_to_save has {inside[name]}, in which {name} is a target")
+            by_task = f", by task_type={config.task_type!r}" if config.task_type else ""
+            raise ValueError(
+                f"modules_to_save has {inside[name]}{by_task}, in which {name} is a target: name "
+                "targets outside of it"
+            )
     for target in targets:
         name, *others = target.names
         if others:
@@ -97,17 +110,18 @@ def _names_in(model: nn.Module, outer: str) -> Iterator[str]:
 
 
 class _Use:
-    """Whether an adapter is in use: active, and not disabled, in a layer that has it."""
+    """Whether an adapter is in use: active, and not disabled, in a layer that still has it."""
 
     def __init__(self, layers: list[RoutedTunerLayer], name: str) -> None:
-        self.layers, self.name = layers, name
+        self.name = name
+        self.held = [(layer, layer.views[name]) for layer in layers if name in layer.views]
 
     def __call__(self) -> bool:
         return any(
-            self.name in layer.views
+            layer.views.get(self.name) is view
             and self.name in layer.active_adapter_names()
             and not layer.disable_adapters
-            for layer in self.layers
+            for layer, view in self.held
         )
 
 
@@ -123,13 +137,9 @@ class _RoutedModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         # Who passes a single configuration keeps the layers and drops the tuner.
-        if isinstance(peft_config, PeftConfig) and _has_projector(peft_config):
-            raise ValueError(
-                f"visual_width={peft_config.visual_width}: its projector would be neither trained "
-                "nor saved with a model's own add_adapter or inject_adapter_in_model; use "
-                "get_peft_model, or project the features yourself"
-            )
+        self._is_kept = not isinstance(peft_config, PeftConfig)
         self._hooks: dict[str, list[Any]] = {}  # by adapter; what follows injects the first
+        self._projected: str | None = None  # the adapter that has a projector
         super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(
@@ -140,26 +150,36 @@ class _RoutedModel(BaseTuner):
             raise ValueError(
                 f"adapter {adapter_name!r}: {type(config).__name__} is no routed configuration"
             )
-        self._routed: RoutedConfig = config.routed()
-        if len(self.peft_config) > 1 and any(map(_has_projector, self.peft_config.values())):
-            raise ValueError(
-                f"adapter {adapter_name!r}: visual_width with several adapters "
-                f"({', '.join(self.peft_config)}), which would share a projector; project the "
-                "features yourself"
-            )
+        routed: RoutedConfig = config.routed()
         refuse_uninitialised(model)
-        self._targets = _apart(model, find_targets(model, self._routed), config)
-        self._target_names = {name for target in self._targets for name in target.names}
-        if self._routed.target_modules == ALL_LINEAR:  # PEFT would name others
+        targets = _apart(model, find_targets(model, routed), config)
+        self._refuse_projector(adapter_name, routed, _needs_projector(model, routed, targets))
+        self._routed, self._targets = routed, targets
+        self._target_names = {name for target in targets for name in target.names}
+        if routed.target_modules == ALL_LINEAR:  # PEFT would name others
             config.target_modules = sorted(self._target_names)
         self._context = self._find_context(model)
         self._widths: set[int] = set()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._padded = [*self._padded, *padded(model, self._targets)]
-        layers = [layer for _, layer in self._find_layers() if adapter_name in layer.views]
-        use = _Use(layers, adapter_name)
-        self._hooks[adapter_name] = follow(model, self._routed, self._targets, self._context, use)
-        self._add_projector(model, self._widths)
+        self._padded = [*self._padded, *padded(model, targets)]
+        use = _Use([layer for _, layer in self._find_layers()], adapter_name)
+        self._hooks[adapter_name] = follow(model, routed, targets, self._context, use)
+        self._add_projector(model, adapter_name)
+
+    def _refuse_projector(self, adapter_name: str, routed: RoutedConfig, is_needed: bool) -> None:
+        if is_needed and not self._is_kept:
+            raise ValueError(
+                f"visual_width={routed.visual_width}: its projector would be neither trained nor "
+                "saved with a model's own add_adapter or inject_adapter_in_model; use "
+                "get_peft_model, or project the features yourself"
+            )
+        others = [name for name in self.peft_config if name != adapter_name]
+        if others and (is_needed or self._projected in others):
+            raise ValueError(
+                f"adapter {adapter_name!r}: visual_width with several adapters (there is "
+                f"{', '.join(others)}), which would share a projector; project the features "
+                "yourself"
+            )
 
     @property
     def context(self) -> RoutingContext:
@@ -175,37 +195,39 @@ class _RoutedModel(BaseTuner):
         except ValueError:
             return RoutingContext()
 
-    def _add_projector(self, model: nn.Module, widths: set[int]) -> None:
+    def _add_projector(self, model: nn.Module, adapter_name: str) -> None:
         if not reads_projected(model, self._routed, None):
             return
         like = next((module for _, module in self._find_layers()), model)
         projector = build_projector(
-            model, self._routed, widths, self._context, getattr(like, "base_layer", like)
+            model, self._routed, self._widths, self._context, getattr(like, "base_layer", like)
         )
         if projector is None:
             return
         self._context.projector = projector
         setattr(self, PROJECTOR, projector)
+        self._projected = adapter_name
         self._train_projector_with_its_adapter()
 
     def _drop_projector(self) -> None:
-        if self._modules.pop(PROJECTOR, None) is not None:
-            self._context.projector = None
+        if self._projected is not None:
+            self._modules.pop(PROJECTOR, None)
+            self._context.projector = self._projected = None
 
     def _train_projector_with_its_adapter(self) -> None:
         """It trains where the adapter does, the only one there then is, unless it is frozen."""
-        projector = self._modules.get(PROJECTOR)
-        if projector is None:
+        if self._projected is None:
             return
         views = (view for _, layer in self._find_layers() for view in layer.views.values())
         trains = any(p.requires_grad for view in views for p in view.own_parameters())
-        projector.requires_grad_(trains and self._routed.projector == "trainable")
+        is_frozen = self.peft_config[self._projected].projector == "frozen"
+        getattr(self, PROJECTOR).requires_grad_(trains and not is_frozen)
 
     def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
         """As PEFT's.
 
         Raises:
-            ValueError: adapters routed by different things, of which the context holds one.
+            ValueError: in an encoder-decoder model, some routed by the image and some not.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._refuse_mixed([name for name in names if name in self.peft_config])
@@ -215,10 +237,12 @@ class _RoutedModel(BaseTuner):
     def _refuse_mixed(self, names: list[str]) -> None:
         configs = [self.peft_config[name].routed() for name in names]
         kinds = {c.routed_by for c in configs if c.routing().route.takes != "nothing"}
-        if len(kinds) > 1 and any(self._hooks.get(name) for name in names):
+        if "image" in kinds and any(self._hooks.get(name) for name in names):
+            others = " and ".join(sorted(kinds - {"image"}))
             raise ValueError(
-                f"adapter_name={names}: adapters routed by {' and by '.join(sorted(kinds))} cannot "
-                "be active together: the context holds one routing input at a time"
+                f"adapter_name={names}: adapters routed by the image and by {others} cannot be "
+                "active together in an encoder-decoder model, which sets the image aside for the "
+                "latter"
             )
 
     def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
@@ -228,11 +252,10 @@ class _RoutedModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; what belongs to the adapter alone goes too: its projector, its hooks."""
-        config = self.peft_config.get(adapter_name)
         super().delete_adapter(adapter_name)
         for hook in self._hooks.pop(adapter_name, ()):
             hook.remove()
-        if _has_projector(config):
+        if adapter_name == self._projected:
             self._drop_projector()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
