@@ -19,8 +19,8 @@ from tqdm import tqdm
 from bench import protocol, results
 from bench.cases import Case
 from bench.operands import Operands
+from bench.parts import add_moved, moved_file
 from bench.providers import PROVIDERS
-from bench.run import add_moved, moved_file
 
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum"
 HOPELESS = 3  # failures without a success: no permission to read counters, most likely

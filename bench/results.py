@@ -123,13 +123,18 @@ def begun(path: Path, where: dict[str, Any], again: str = "") -> list[dict[str, 
             return rows
         if found.get("what") == again:
             return []
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
+    set_aside(path, f"{path} is of other code, versions or another device")
+    return []
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Gives a file that is to be written another name, and says why and which."""
     names = (path.with_name(f"{path.stem}.before{i}{path.suffix}") for i in count(1))
     aside = next(name for name in names if not name.exists())
     path.rename(aside)
-    print(f"{path} is of other code, versions or another device: it is {aside.name} now")
-    return []
+    print(f"{why}: it is {aside.name} now")
 
 
 def read(path: Path) -> Results:
@@ -143,7 +148,7 @@ def read(path: Path) -> Results:
         records = [Record(**record) for record in found["records"]]
         missing = {name: list(who) for name, who in found.get("missing", {}).items()}
         return Results(found["environment"], found["ceilings"], records, missing)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no result file of python -m bench: {error}") from None
 
 
@@ -206,8 +211,10 @@ def _version(name: str) -> str | None:
 
 
 def place(environment: dict[str, Any]) -> str:
-    """The device and the code: records of other places are none of this run."""
-    return f"{environment['device']} {environment['commit']}"
+    """The device, the code and the versions: records of other places are none of this run."""
+    versions = (environment.get("versions") or {}).items()
+    told = [f"{name} {version}" for name, version in sorted(versions) if version is not None]
+    return " ".join([environment["device"], str(environment.get("commit")), *told])
 
 
 def _commit() -> str:
