@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_a_damaged_file_is_made_again_of_what_processes_wrote(
     assert "r.json is no result file" in said and "it is r.before1.json now" in said
 
 
-def noted(out: Path, call: str, **more: object) -> None:
+def noted(out: Path, call: str, **more: Any) -> None:
     where = results.place(here())
     failed = record(CASES[0], "reference", 1.0, **{"times": {}, "error": "lost", **more})
     parts.append(parts.part(out, 0), failed, where, call)
