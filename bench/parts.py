@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import results
+from bench.checked import RECORD
 from bench.results import Record, Results
 
 Key = tuple[str, str]  # names of a case and of a provider
@@ -58,6 +59,7 @@ def _tries(lines: Path, where: str) -> dict[Key, tuple[Record, str]]:
             call = given.pop("call", "")
             if given.pop("where") != where:
                 continue
+            RECORD("record", given)
             record = Record(**given)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bench.cases import Case
+from bench.checked import result_file
 
 FOLDER = Path(__file__).parent / "results"
 TOP = Path(__file__).parent.parent
@@ -143,13 +144,14 @@ def read(path: Path) -> Results:
     Raises:
         ValueError: not there, damaged, or no result file.
     """
+    found = result_file(path)
     try:
-        found = json.loads(path.read_text())
         records = [Record(**record) for record in found["records"]]
-        missing = {name: list(who) for name, who in found.get("missing", {}).items()}
-        return Results(found["environment"], found["ceilings"], records, missing)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        for record in records:
+            record.of_case()
+    except ValueError as error:
         raise ValueError(f"{path} is no result file of python -m bench: {error}") from None
+    return Results(found["environment"], found["ceilings"], records, found.get("missing", {}))
 
 
 def without_time(missing: dict[str, list[str]]) -> list[str]:

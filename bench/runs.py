@@ -158,14 +158,10 @@ def load(path: Path) -> Run:
         for record in results.records:
             groups.setdefault((record.name, record.provider), []).append(record)
         measured = {key: _together(records) for key, records in groups.items()}
-        environment, ceilings = dict(results.environment), dict(results.ceilings)
-        environment["versions"] = dict(environment.get("versions") or {})
-        if ceilings:
-            ceilings |= {key: float(ceilings[key]) for key in ("copy", "matmul")}
-        str(environment["device"])
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no result file of python -m bench: {error!r}") from None
-    return Run(path, environment, ceilings, measured, results.missing)
+    except ValueError as error:
+        raise ValueError(f"{path} is no result file of python -m bench: {error}") from None
+    environment = {**results.environment, "versions": results.environment.get("versions") or {}}
+    return Run(path, environment, results.ceilings, measured, results.missing)
 
 
 def _together(records: list[Record]) -> Measured:
