@@ -125,6 +125,9 @@ COMMANDS = {
 }  # fmt: skip
 
 
+GOING_ON = ("run", "memory", "generate")  # where an earlier call with the same file stopped
+
+
 def main(given: list[str]) -> int:
     """Runs a command; an error of the user's is one line on standard error."""
     if not given or given[0] not in (*COMMANDS, "-h", "--help"):
@@ -141,11 +144,17 @@ def main(given: list[str]) -> int:
     parser = ArgumentParser(prog=f"python -m bench {given[0]}", description=command.says)
     command.add_arguments(parser)
     arguments = parser.parse_args(given[1:])
+    is_started = getattr(arguments, "call", None) is not None  # by another, which says what ended
     try:
         return command.run(arguments)
     except (ValueError, OSError) as error:
         print(f"python -m bench {given[0]}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if not is_started:
+            goes_on = "; the same command goes on" if given[0] in GOING_ON else ""
+            print(f"python -m bench {given[0]}: interrupted{goes_on}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ def main(arguments: Namespace) -> int:
     if arguments.once:
         once(Case(**json.loads(arguments.once[0])), arguments.once[1])
         return 0
+    if not arguments.budget > 0:
+        raise ValueError(f"budget must be positive, got {arguments.budget}")
     ncu = shutil.which("ncu")
     if ncu is None:
         raise ValueError("ncu, Nsight Compute's command, is not on the PATH: nothing to profile by")

@@ -22,12 +22,12 @@ import torch
 from tqdm import tqdm
 
 from bench import protocol, results
-from bench.cases import GRIDS, Case, grid
+from bench.cases import GRIDS, Case, grid, share
 from bench.operands import DTYPES
 from bench.parts import append, at, done, merge, part, take_over
 from bench.providers import PROVIDERS, check_names, obstacle, offered
 from bench.results import Record
-from fused_route.checks import one_of
+from fused_route.checks import one_of, whole
 
 if TYPE_CHECKING:
     from bench.measure import Settings
@@ -42,6 +42,7 @@ DEFAULT_PROVIDERS = {
 
 
 LOST = 3  # exit status of a process that lost its GPU
+INTERRUPTED = 130  # of one that Ctrl-C ended, as a shell has it
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -142,7 +143,7 @@ def repeated(again: list[str], process: int, arguments: Namespace, out: Path) ->
             continue
         how = f"signal {-code}" if code < 0 else f"status {code}"
         print(f"process {process} ended with {how}", file=sys.stderr)
-        is_stopped = code in (-signal.SIGINT, -signal.SIGTERM)
+        is_stopped = code in (-signal.SIGINT, -signal.SIGTERM, INTERRUPTED)
         if is_stopped or not note_death(how, process, arguments, out):
             return False
     return True
@@ -177,12 +178,12 @@ def warm(again: list[str], shares: int, stop: float | None) -> None:
         for i in range(shares)
     ]
     latest = time.time() + 600 if stop is None else (time.time() + stop) / 2
-    for share in started:
+    for one in started:
         try:
-            share.wait(timeout=max(1.0, latest - time.time()))
+            one.wait(timeout=max(1.0, latest - time.time()))
         except subprocess.TimeoutExpired:
-            share.kill()
-            share.wait()
+            one.kill()
+            one.wait()
 
 
 def chosen(arguments: Namespace) -> tuple[list[Case], list[str]]:
@@ -195,9 +196,14 @@ def chosen(arguments: Namespace) -> tuple[list[Case], list[str]]:
         raise ValueError(f"device must be cuda or cpu, got {arguments.device!r}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no GPU; use --device cpu")
-    for name in ("processes", "seconds"):
-        if not 0 < getattr(arguments, name) < float("inf"):
-            raise ValueError(f"{name} must be positive, got {getattr(arguments, name)}")
+    for name in ("processes", "seconds", "budget"):
+        given = getattr(arguments, name)
+        if given is not None and not 0 < given < float("inf"):
+            raise ValueError(f"{name} must be positive, got {given}")
+    if arguments.process is not None:
+        whole("process", arguments.process, least=0)
+    if arguments.share:
+        share(arguments.share)
     names = check_names(arguments.provider or DEFAULT_PROVIDERS[arguments.device])
     for name in arguments.last:
         one_of("last", name, names)
@@ -298,7 +304,7 @@ def warm_up(cases: list[Case], names: list[str], arguments: Namespace, out: Path
 
     inductor.autotune_local_cache = False
     settings = Settings(torch.device(arguments.device))
-    first, of = map(int, arguments.share.split("/"))
+    first, of = share(arguments.share)
     for case, left in left_to_warm(cases, names, arguments, out)[first::of]:
         for maker in makers_of(case, left, settings).values():
             with contextlib.suppress(Exception):  # measured again, and said, in the run itself

@@ -94,6 +94,28 @@ def test_a_process_that_was_stopped_has_no_error(
     assert len(lines) == 3 and not any(json.loads(line)["error"] for line in lines)
 
 
+def test_a_run_that_is_interrupted_says_how_it_goes_on(
+    tmp_path: Path, started: Callable[..., int], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def interrupted(case: Case, names: list[str]) -> Iterator[Record]:
+        yield record(case, names[0])
+        raise KeyboardInterrupt
+
+    assert started(interrupted, 0) == 1  # of the process alone
+    said = capsys.readouterr().err
+    assert "process 0 ended with status 130" in said and "interrupted" not in said
+    assert [r.error for r in results.read(tmp_path / "r.json").records] == []
+
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "repeated", stops)
+    assert main([*RUN, "--out", str(tmp_path / "r.json")]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "python -m bench run: interrupted; the same command goes on"
+
+
 def test_a_death_that_is_no_case_s_is_not_tried_again(
     tmp_path: Path, started: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -229,6 +229,9 @@ def test_processes_are_repeated_and_merged(
     assert {record.process for record in results.read(tmp_path / "r.json").records} == {0, 1}
 
 
+CASE = ["--grid", "cpu", "--case"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -236,7 +239,19 @@ def test_processes_are_repeated_and_merged(
         (["--provider", "magic"], "provider must be one of"),
         (["--device", "tpu"], "device must be cuda or cpu"),
         (["--seconds", "0"], "seconds must be positive"),
+        (["--budget", "-5"], "budget must be positive, got -5.0"),
+        (["--budget", "nan"], "budget must be positive, got nan"),
+        (["--process", "-1"], "process must be a whole number of at least 0, got -1"),
+        *(
+            (["--share", text], f"share must be i/n with i from 0 to n - 1, got '{text}'")
+            for text in ("x/y", "1/0", "2/2", "-1/2", "3")
+        ),
+        (
+            [*CASE, "op/adapter/*", *CASE, "op/adaptor/*", *CASE, "oops"],
+            "case: none of grid 'cpu' matches op/adaptor/* or oops",
+        ),
         (["profile", "nowhere.json"], "ncu"),
+        (["profile", "nowhere.json", "--budget", "-1"], "budget must be positive, got -1.0"),
     ],
 )
 def test_bad_input_is_an_error_without_a_traceback(
