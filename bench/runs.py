@@ -122,11 +122,18 @@ class Run:
         return [m for case in cases for m in self._by_case.get(case.name, ())]
 
     def providers(self, cases: Iterable[Case]) -> list[str]:
-        """Who was to measure these cases: the reference, fused, then the others as measured."""
-        cases = list(cases)
+        """Who has a record of these cases: the reference, fused, then the others as measured."""
         found = dict.fromkeys(m.provider for m in self.of(cases))
-        found |= dict.fromkeys(p for case in cases for p in self.missing.get(case.name, ()))
         return sorted(found, key=lambda p: (p != REFERENCE, p != FUSED))
+
+    @property
+    def left_out(self) -> str:
+        """A sentence on who was asked for and has no record of any case; or nothing."""
+        there = {m.provider for m in self.measured.values()}
+        missing = dict.fromkeys(p for who in self.missing.values() for p in who)
+        names = [provider for provider in missing if provider not in there]
+        said = f" Left out, without a record, {len(names)} providers: {', '.join(names)}."
+        return said if names else ""
 
     def timings(self, cases: Iterable[Case], which: str) -> list[str]:
         """The timings that any provider has of these cases and this pass, as in `TIMINGS`."""

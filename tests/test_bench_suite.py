@@ -244,7 +244,7 @@ CASE = ["--grid", "cpu", "--case"]
         (["--process", "-1"], "process must be a whole number of at least 0, got -1"),
         *(
             (["--share", text], f"share must be i/n with i from 0 to n - 1, got '{text}'")
-            for text in ("x/y", "1/0", "2/2", "-1/2", "3")
+            for text in ("x/y", "1/0", "2/2", "0/x", "3")
         ),
         (
             [*CASE, "op/adapter/*", *CASE, "op/adaptor/*", *CASE, "oops"],
