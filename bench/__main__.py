@@ -47,7 +47,7 @@ def _gates(arguments: Namespace) -> int:
 
 def _report_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="result files")
-    parser.add_argument("--out", type=Path, help="folder (default: beside the first file)")
+    parser.add_argument("--out", type=Path, help="folder (default: the first file's name without .json)")
 
 
 def _compare_arguments(parser: ArgumentParser) -> None:
@@ -130,6 +130,10 @@ GOING_ON = ("run", "memory", "generate")  # where an earlier call with the same 
 
 def main(given: list[str]) -> int:
     """Runs a command; an error of the user's is one line on standard error."""
+    if given and not given[0].startswith("-") and given[0] not in COMMANDS:
+        print(f"python -m bench: command must be one of {', '.join(COMMANDS)}; got {given[0]!r}",
+              file=sys.stderr)  # fmt: skip
+        return 2
     if not given or given[0] not in (*COMMANDS, "-h", "--help"):
         given = ["run", *given]
     listed = "\n".join(f"  {name:10} {command.says}" for name, command in COMMANDS.items())

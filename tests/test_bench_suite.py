@@ -250,6 +250,7 @@ CASE = ["--grid", "cpu", "--case"]
             [*CASE, "op/adapter/*", *CASE, "op/adaptor/*", *CASE, "oops"],
             "case: none of grid 'cpu' matches op/adaptor/* or oops",
         ),
+        (["bogus"], "command must be one of run, report, compare, tune, profile, gates"),
         (["profile", "nowhere.json"], "ncu"),
         (["profile", "nowhere.json", "--budget", "-1"], "budget must be positive, got -1.0"),
     ],
