@@ -47,7 +47,9 @@ def _gates(arguments: Namespace) -> int:
 
 def _report_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="result files")
-    parser.add_argument("--out", type=Path, help="folder (default: the first file's name without .json)")
+    parser.add_argument(
+        "--out", type=Path, help="folder (default: the first file's name without .json)"
+    )
 
 
 def _compare_arguments(parser: ArgumentParser) -> None:
