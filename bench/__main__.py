@@ -47,7 +47,9 @@ def _gates(arguments: Namespace) -> int:
 
 def _report_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="result files")
-    parser.add_argument("--out", type=Path, help="folder (default: beside the first file)")
+    parser.add_argument(
+        "--out", type=Path, help="folder (default: the first file's name without .json)"
+    )
 
 
 def _compare_arguments(parser: ArgumentParser) -> None:
@@ -125,8 +127,15 @@ COMMANDS = {
 }  # fmt: skip
 
 
+GOING_ON = ("run", "memory", "generate")  # where an earlier call with the same file stopped
+
+
 def main(given: list[str]) -> int:
     """Runs a command; an error of the user's is one line on standard error."""
+    if given and not given[0].startswith("-") and given[0] not in COMMANDS:
+        print(f"python -m bench: command must be one of {', '.join(COMMANDS)}; got {given[0]!r}",
+              file=sys.stderr)  # fmt: skip
+        return 2
     if not given or given[0] not in (*COMMANDS, "-h", "--help"):
         given = ["run", *given]
     listed = "\n".join(f"  {name:10} {command.says}" for name, command in COMMANDS.items())
@@ -141,11 +150,17 @@ def main(given: list[str]) -> int:
     parser = ArgumentParser(prog=f"python -m bench {given[0]}", description=command.says)
     command.add_arguments(parser)
     arguments = parser.parse_args(given[1:])
+    is_started = getattr(arguments, "call", None) is not None  # by another, which says what ended
     try:
         return command.run(arguments)
     except (ValueError, OSError) as error:
         print(f"python -m bench {given[0]}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if not is_started:
+            goes_on = "; the same command goes on" if given[0] in GOING_ON else ""
+            print(f"python -m bench {given[0]}: interrupted{goes_on}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

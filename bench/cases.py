@@ -225,13 +225,26 @@ def grid(name: str, patterns: list[str] | None = None) -> list[Case]:
     """The cases of a grid whose names match one of the patterns, each once.
 
     Raises:
-        ValueError: no such grid, or no case matches.
+        ValueError: no such grid, or a pattern that no case matches.
     """
     if name not in GRIDS:
         raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {name!r}")
     cases = list(dict.fromkeys(GRIDS[name]()))
     if patterns:
-        cases = [case for case in cases if any(fnmatchcase(case.name, p) for p in patterns)]
-    if not cases:
-        raise ValueError(f"case: none of grid {name!r} matches {' or '.join(patterns or [])}")
+        of = {p: {case for case in cases if fnmatchcase(case.name, p)} for p in patterns}
+        if without := [p for p, found in of.items() if not found]:
+            raise ValueError(f"case: none of grid {name!r} matches {' or '.join(without)}")
+        cases = [case for case in cases if any(case in found for found in of.values())]
     return cases
+
+
+def share(text: str) -> tuple[int, int]:
+    """i/n as (i, n): every n-th case from the i-th.
+
+    Raises:
+        ValueError: something else, or no i from 0 to n − 1.
+    """
+    first, _, of = text.partition("/")
+    if not (first.isdecimal() and of.isdecimal() and int(first) < int(of)):
+        raise ValueError(f"share must be i/n with i from 0 to n - 1, got {text!r}")
+    return int(first), int(of)

@@ -4,7 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.runs import Run, Time, load
+from bench.runs import Measured, Run, Time, load
+
+LEAST = 0.03  # of a time: by so much the same code differs from one call to the next
+# Results whose `kernels` are without copies and sets of memory: docs/benchmarks.md.
+WITHOUT_COPIES = ("475a242", "bf837d1")
 
 
 @dataclass(frozen=True)
@@ -17,15 +21,16 @@ class Change:
     which: str
     a: Time
     b: Time
+    noise: float
 
     @property
     def verdict(self) -> str:
-        return verdict(self.a, self.b)
+        return verdict(self.a, self.b, self.noise)
 
     def __str__(self) -> str:
         percent = f"{self.b.median / self.a.median - 1:+.1%}, " if self.a.median > 0 else ""
         moved = f"{self.a.median:,.1f} → {self.b.median:,.1f} µs"
-        rule = f"({percent}noise {noise(self.a, self.b):,.1f} µs)"
+        rule = f"({percent}noise {self.noise:,.1f} µs)"
         return f"{self.provider}  {self.name}  {self.timing} {self.which}: {moved} {rule}"
 
 
@@ -33,31 +38,62 @@ def noise(a: Time, b: Time) -> float:
     """µs by which two medians may differ: the widest of four ranges.
 
     They are, of a and of b: from the least to the most of the processes' medians, and from the
-    20 % to the 80 % point.
+    20 % to the 80 % point. Where one of them is of one process, or nothing spreads because one
+    number was taken, it is at least `LEAST` of a: how far processes differ is not known.
     """
-    return max(0.0, a.most - a.least, b.most - b.least, a.high - a.low, b.high - b.low)
+    widest = max(0.0, a.most - a.least, b.most - b.least, a.high - a.low, b.high - b.low)
+    if min(a.processes, b.processes) < 2 or widest == 0.0:
+        return max(widest, LEAST * abs(a.median))
+    return widest
 
 
-def verdict(a: Time, b: Time) -> str:
+def verdict(a: Time, b: Time, within: float | None = None) -> str:
     """ "slower" where b's median is more than `noise` above a's, "faster" where below, or "same".
 
     More means more: a difference of exactly the noise is "same". "slower" is a regression.
+
+    Args:
+        within: the noise, where it is not that of these two.
     """
     difference = b.median - a.median
-    if abs(difference) <= noise(a, b):
+    if abs(difference) <= (noise(a, b) if within is None else within):
         return "same"
     return "slower" if difference > 0 else "faster"
 
 
 def changes(a: Run, b: Run) -> list[Change]:
-    """What both have, as measured in a; none is left out for being the same."""
+    """What both have, as measured in a; none is left out for being the same.
+
+    But for `kernels` where they are not the same in both runs: `kernels_differ`.
+    """
     both = [(m, b.measured[key]) for key, m in a.measured.items() if key in b.measured]
+    left_out = "kernels" if kernels_differ(a, b) else None
     return [
-        Change(m.provider, m.name, *key, time, other.times[key])
+        Change(m.provider, m.name, *key, time, other.times[key], _noise(m, other, key))
         for m, other in both
         for key, time in m.times.items()
-        if key in other.times
+        if key in other.times and key[0] != left_out
     ]
+
+
+def _noise(a: Measured, b: Measured, key: tuple[str, str]) -> float:
+    """`noise` of a timing and pass; a difference of two has that of both.
+
+    The backward pass of a graph is one: its own points are one number, without a range.
+    """
+    own = noise(a.times[key], b.times[key])
+    if key != ("graph", "backward"):
+        return own
+    parts = [("graph", which) for which in ("both", "forward")]
+    return max(own, sum(noise(a.times[k], b.times[k]) for k in parts
+                        if k in a.times and k in b.times))  # fmt: skip
+
+
+def kernels_differ(a: Run, b: Run) -> bool:
+    """Whether `kernels` is without copies and sets of memory in one of two runs alone."""
+    commits = [str(run.environment.get("commit")) for run in (a, b)]
+    first, second = ("+" not in c and c.startswith(WITHOUT_COPIES) for c in commits)
+    return first != second
 
 
 def one_sided(a: Run, b: Run) -> list[str]:
@@ -140,7 +176,11 @@ def _settings(a: Run, b: Run) -> list[str]:
             lines.append(f"{key}: {was} → {now}")
     measured = [*a.measured.values(), *b.measured.values()]
     if any(time.processes < 2 for m in measured for time in m.times.values()):
-        lines.append("Some times are of one process: how far processes spread is not in the noise.")
+        lines.append("Some times are of one process: how far processes spread is not known, and "
+                     f"less than {LEAST:.0%} counts as the same.")  # fmt: skip
+    if kernels_differ(a, b):
+        lines.append("kernels are left out: of one file they are without copies and sets of memory "
+                     "(docs/benchmarks.md).")  # fmt: skip
     return lines
 
 

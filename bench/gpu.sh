@@ -22,7 +22,8 @@
 #
 # Runs from a checkout without installing anything. What was measured stays in WORK (runs/gpu), and a
 # second call goes on from there; a part that is killed or fails stops no other. The folder OUT gets
-# summary.json, summary.md and logs.tar.gz, and the summary is printed last.
+# logs.tar.gz and, of what was measured, summary.json, summary.md, memory.json and generation.json; the
+# summary is printed last.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,9 +41,14 @@ HEADLINE=${HEADLINE:-headline}  # another grid for a rehearsal
 AUTOTUNE=${AUTOTUNE:-op/*/mul/d768/r64/M32768/*}  # of that grid
 LONG=${LONG:-long}
 MODELS=${MODELS:-models}
+STEP=${STEP:-step/gpt2/qkv/*}  # of that grid, in all
 STEPS=${STEPS:-steps}
 GENERATE=${GENERATE:-}  # more options of python -m bench generate
-mkdir -p "$WORK" "$OUT"
+for folder in WORK OUT; do
+    mkdir -p "${!folder}" 2>/dev/null && [ -w "${!folder}" ] || {
+        echo "bench/gpu.sh: $folder must be a folder that can be written; got '${!folder}'" >&2; exit 2
+    }
+done
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # A checkout that was copied without links has files in their place.
 for layer in kernels training; do
@@ -154,15 +160,27 @@ summarise() {
     trap '' EXIT TERM INT
     if [ -n "${child:-}" ]; then kill -TERM "$child" 2>/dev/null; wait "$child" 2>/dev/null; fi
     [ -z "$interrupted" ] || failed+=("interrupted in ${at:-$part}")
+    local written=() more= file
     if [ -f "$RESULT" ]; then
-        timeout 60 "$PYTHON" -m bench report "$RESULT" --out "$WORK/report" > "$WORK/report.log" 2>&1 \
-            || failed+=("report")
-        [ -f "$WORK/report/report.md" ] && cp "$WORK/report/report.md" "$OUT/summary.md"
+        if timeout 60 "$PYTHON" -m bench report "$RESULT" --out "$WORK/report" \
+            > "$WORK/report.log" 2>&1 && cp "$WORK/report/report.md" "$OUT/summary.md"
+        then
+            more="; $OUT/summary.md says more"
+        else
+            failed+=("report")
+        fi
         tail -n 80 "$WORK/report.log"
     fi
     publish
     echo "failed: ${failed[*]:-nothing}"
-    echo "next: copy $OUT/summary.json to bench/results/; $OUT/summary.md says more"
+    for file in summary memory generation; do
+        [ -f "$OUT/$file.json" ] && written+=("$OUT/$file.json")
+    done
+    if [ ${#written[@]} -gt 0 ]; then
+        echo "next: copy ${written[*]} to bench/results/$more"
+    else
+        echo "next: nothing was measured; read $OUT/logs.tar.gz"
+    fi
     exit "${interrupted:-$((${#failed[@]} > 0))}"
 }
 trap summarise EXIT
@@ -184,6 +202,6 @@ case $part in
     all)
         tests 170
         ops 290 --processes 2 --seconds 0.15 $FEW
-        models 80 --processes 1 --case 'step/gpt2/qkv/*' --case 'step/tiny/*'
+        models 80 --processes 1 --case "$STEP"
         ;;
 esac

@@ -301,6 +301,8 @@ def main(arguments: Namespace) -> int:
 
     Rows that the file has already, from the same place, are not made again.
     """
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda', but torch sees no GPU; use --device cpu")
     device, out = torch.device(arguments.device), for_writing(arguments.out)
     chosen = [case for case in cases() if fnmatchcase(case.name, arguments.case)]
     if not chosen:

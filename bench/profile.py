@@ -19,8 +19,8 @@ from tqdm import tqdm
 from bench import protocol, results
 from bench.cases import Case
 from bench.operands import Operands
+from bench.parts import add_moved, moved_file
 from bench.providers import PROVIDERS
-from bench.run import add_moved, moved_file
 
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum"
 HOPELESS = 3  # failures without a success: no permission to read counters, most likely
@@ -41,6 +41,8 @@ def main(arguments: Namespace) -> int:
     if arguments.once:
         once(Case(**json.loads(arguments.once[0])), arguments.once[1])
         return 0
+    if not arguments.budget > 0:
+        raise ValueError(f"budget must be positive, got {arguments.budget}")
     ncu = shutil.which("ncu")
     if ncu is None:
         raise ValueError("ncu, Nsight Compute's command, is not on the PATH: nothing to profile by")

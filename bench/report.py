@@ -111,6 +111,7 @@ def unmeasured(run: Run) -> str:
         missing += [] if any(key in m.bytes for m in all_of) else [name]
     missing += [] if any(m.launches for m in all_of) else ["launches"]
     said = f"Not measured: {', '.join(missing)}." if missing else ""
+    said += run.left_out
     if run.environment.get("kind") == "cpu":
         ran = any(m.times for m in all_of if m.provider == FUSED)
         how = "ran in Triton's interpreter, whose times say nothing" if ran else "was not timed"

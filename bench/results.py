@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bench.cases import Case
+from bench.checked import result_file
 
 FOLDER = Path(__file__).parent / "results"
 TOP = Path(__file__).parent.parent
@@ -123,13 +124,18 @@ def begun(path: Path, where: dict[str, Any], again: str = "") -> list[dict[str, 
             return rows
         if found.get("what") == again:
             return []
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
+    set_aside(path, f"{path} is of other code, versions or another device")
+    return []
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Gives a file that is to be written another name, and says why and which."""
     names = (path.with_name(f"{path.stem}.before{i}{path.suffix}") for i in count(1))
     aside = next(name for name in names if not name.exists())
     path.rename(aside)
-    print(f"{path} is of other code, versions or another device: it is {aside.name} now")
-    return []
+    print(f"{why}: it is {aside.name} now")
 
 
 def read(path: Path) -> Results:
@@ -138,13 +144,14 @@ def read(path: Path) -> Results:
     Raises:
         ValueError: not there, damaged, or no result file.
     """
+    found = result_file(path)
     try:
-        found = json.loads(path.read_text())
         records = [Record(**record) for record in found["records"]]
-        missing = {name: list(who) for name, who in found.get("missing", {}).items()}
-        return Results(found["environment"], found["ceilings"], records, missing)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        for record in records:
+            record.of_case()
+    except ValueError as error:
         raise ValueError(f"{path} is no result file of python -m bench: {error}") from None
+    return Results(found["environment"], found["ceilings"], records, found.get("missing", {}))
 
 
 def without_time(missing: dict[str, list[str]]) -> list[str]:
@@ -206,8 +213,10 @@ def _version(name: str) -> str | None:
 
 
 def place(environment: dict[str, Any]) -> str:
-    """The device and the code: records of other places are none of this run."""
-    return f"{environment['device']} {environment['commit']}"
+    """The device, the code and the versions: records of other places are none of this run."""
+    versions = (environment.get("versions") or {}).items()
+    told = [f"{name} {version}" for name, version in sorted(versions) if version is not None]
+    return " ".join([environment["device"], str(environment.get("commit")), *told])
 
 
 def _commit() -> str:

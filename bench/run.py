@@ -14,19 +14,20 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from bench import protocol, results
-from bench.cases import GRIDS, Case, grid
+from bench.cases import GRIDS, Case, grid, share
 from bench.operands import DTYPES
+from bench.parts import append, at, done, merge, part, take_over
 from bench.providers import PROVIDERS, check_names, obstacle, offered
-from bench.results import Record, Results
-from fused_route.checks import one_of
+from bench.results import Record
+from fused_route.checks import one_of, whole
 
 if TYPE_CHECKING:
     from bench.measure import Settings
@@ -41,6 +42,7 @@ DEFAULT_PROVIDERS = {
 
 
 LOST = 3  # exit status of a process that lost its GPU
+INTERRUPTED = 130  # of one that Ctrl-C ended, as a shell has it
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -67,6 +69,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--process", type=int, help="only this one of the processes, in this one")
     parser.add_argument("--until", type=float, help="the time at which no case is begun any more")
     parser.add_argument("--share", help="i/n: only run the gates of every n-th case from the i-th")
+    parser.add_argument("--call", help="whose errors, of this process, are not tried again")
 
 
 def run(arguments: Namespace) -> int:
@@ -82,12 +85,18 @@ def run(arguments: Namespace) -> int:
         )
     if arguments.until is None and arguments.budget is not None:
         arguments.until = time.time() + arguments.budget
-    out = arguments.out or results.path_for(results.environment(torch.device(arguments.device)))
+    out = results.for_writing(
+        arguments.out or results.path_for(results.environment(torch.device(arguments.device)))
+    )
+    if arguments.call is None:
+        arguments.call = str(time.time())
+        go_on(cases, names, arguments, out)
     if arguments.share:
         return warm_up(cases, names, arguments, out)
     if arguments.process is not None:
         return measure_all(cases, names, arguments, out)
     again = [sys.executable, "-m", "bench", *sys.argv[1:], "--out", str(out)]
+    again += ["--call", arguments.call]
     if arguments.until is not None:
         again += ["--until", str(arguments.until)]
     if arguments.device == "cuda" and arguments.warm:
@@ -99,6 +108,20 @@ def run(arguments: Namespace) -> int:
             return 1
         raise ValueError(f"out={str(out)!r}: no process measured anything; see above")
     return max(conclude(out), int(not all(went)))
+
+
+def go_on(cases: list[Case], names: list[str], arguments: Namespace, out: Path) -> None:
+    """Takes over what an earlier call measured, and says so; its errors are tried again."""
+    device = torch.device(arguments.device)
+    where = results.place(results.environment(device))
+    take_over(out, where)
+    asked = {(case.name, name) for case in cases for name in offered(case, names, device)}
+    one = arguments.process
+    processes = range(arguments.processes) if one is None else [one]
+    kept = sum(len(asked & done(part(out, i), where, arguments.call)) for i in processes)
+    if kept:
+        print(f"{kept} records of this device and code are there already and stay as they are, "
+              "whatever --seconds they were measured with", file=sys.stderr)  # fmt: skip
 
 
 def repeated(again: list[str], process: int, arguments: Namespace, out: Path) -> bool:
@@ -120,7 +143,7 @@ def repeated(again: list[str], process: int, arguments: Namespace, out: Path) ->
             continue
         how = f"signal {-code}" if code < 0 else f"status {code}"
         print(f"process {process} ended with {how}", file=sys.stderr)
-        is_stopped = code in (-signal.SIGINT, -signal.SIGTERM)
+        is_stopped = code in (-signal.SIGINT, -signal.SIGTERM, INTERRUPTED)
         if is_stopped or not note_death(how, process, arguments, out):
             return False
     return True
@@ -135,11 +158,12 @@ def note_death(how: str, process: int, arguments: Namespace, out: Path) -> bool:
     environment = results.environment(torch.device(arguments.device))
     where, lines = results.place(environment), part(out, process)
     case = Case(**about["case"])
-    done = {(record.name, record.provider) for record in records_in(lines, where)}
-    left = [name for name in about["providers"] if (case.name, name) not in done]
+    tried = done(lines, where, arguments.call)
+    left = [name for name in about["providers"] if (case.name, name) not in tried]
     for name in left:
         error = f"the process ended with {how}"
-        append(lines, Record(case.name, case.to_json(), name, process, error=error), where)
+        failed = Record(case.name, case.to_json(), name, process, error=error)
+        append(lines, failed, where, arguments.call)
     merge(out, {"environment": environment, "ceilings": {}}, {})
     return bool(left)
 
@@ -154,12 +178,12 @@ def warm(again: list[str], shares: int, stop: float | None) -> None:
         for i in range(shares)
     ]
     latest = time.time() + 600 if stop is None else (time.time() + stop) / 2
-    for share in started:
+    for one in started:
         try:
-            share.wait(timeout=max(1.0, latest - time.time()))
+            one.wait(timeout=max(1.0, latest - time.time()))
         except subprocess.TimeoutExpired:
-            share.kill()
-            share.wait()
+            one.kill()
+            one.wait()
 
 
 def chosen(arguments: Namespace) -> tuple[list[Case], list[str]]:
@@ -172,9 +196,14 @@ def chosen(arguments: Namespace) -> tuple[list[Case], list[str]]:
         raise ValueError(f"device must be cuda or cpu, got {arguments.device!r}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no GPU; use --device cpu")
-    for name in ("processes", "seconds"):
-        if not 0 < getattr(arguments, name) < float("inf"):
-            raise ValueError(f"{name} must be positive, got {getattr(arguments, name)}")
+    for name in ("processes", "seconds", "budget"):
+        given = getattr(arguments, name)
+        if given is not None and not 0 < given < float("inf"):
+            raise ValueError(f"{name} must be positive, got {given}")
+    if arguments.process is not None:
+        whole("process", arguments.process, least=0)
+    if arguments.share:
+        share(arguments.share)
     names = check_names(arguments.provider or DEFAULT_PROVIDERS[arguments.device])
     for name in arguments.last:
         one_of("last", name, names)
@@ -196,16 +225,6 @@ def listing(cases: list[Case], names: list[str], device: torch.device) -> str:
                       "next: the same command without --list"])  # fmt: skip
 
 
-def part(out: Path, process: int) -> Path:
-    """Where a process writes its records."""
-    return out.with_name(f"{out.stem}.process{process}.jsonl")
-
-
-def at(out: Path, process: int) -> Path:
-    """Where a process writes what it is at, for who finds it dead."""
-    return out.with_name(f"{out.stem}.process{process}.at.json")
-
-
 def measure_all(cases: list[Case], names: list[str], arguments: Namespace, out: Path) -> int:
     """Measures what this process has not yet, a line for each record; LOST where the GPU is."""
     from bench.measure import Settings
@@ -216,9 +235,8 @@ def measure_all(cases: list[Case], names: list[str], arguments: Namespace, out: 
     lines.parent.mkdir(parents=True, exist_ok=True)
     about = {"environment": results.environment(device), "ceilings": {}}
     where = results.place(about["environment"])
-    done = {(record.name, record.provider) for record in records_in(lines, where)}
     asked = {case.name: offered(case, names, device) for case in cases}
-    todo = in_turns(cases, asked, arguments.last, done)
+    todo = in_turns(cases, asked, arguments.last, done(lines, where, arguments.call))
     if todo:
         about["ceilings"] = protocol.ceilings(device, DTYPES[cases[0].dtype])
     merge(out, about, asked)  # with what a killed run wrote last
@@ -228,7 +246,9 @@ def measure_all(cases: list[Case], names: list[str], arguments: Namespace, out: 
         if arguments.until is not None and time.time() > arguments.until:
             continue
         results.write_whole({"case": case.to_json(), "providers": left}, current)
-        if not measure_one(case, left, settings, lambda record: append(lines, record, where)):
+        if not measure_one(
+            case, left, settings, lambda record: append(lines, record, where, arguments.call)
+        ):
             return LOST
         merge(out, about, asked)
     current.unlink(missing_ok=True)
@@ -241,14 +261,16 @@ def measure_one(
     """Adds the records of a case, each as soon as it is whole; False where the GPU is lost."""
     from bench.measure import GpuLost, measure, one_line
 
+    left = list(names)
     try:
         for record in measure(case, names, settings):
             add(record)
+            left.remove(record.provider)
     except GpuLost as lost:
         add(lost.record)
         return False
     except Exception as error:  # of the case as a whole: too large, most likely
-        for name in names:
+        for name in left:
             failed = Record(case.name, case.to_json(), name, settings.process)
             add(replace(failed, error=one_line(error)))
     return True
@@ -270,14 +292,6 @@ def in_turns(
     return [(case, providers) for case, providers in found if providers]
 
 
-def append(lines: Path, record: Record, where: str) -> None:
-    """Adds a record to a process's file, on a line of its own after one that a kill cut off."""
-    before = lines.read_text() if lines.exists() else ""
-    with lines.open("a") as file:
-        file.write("" if not before or before.endswith("\n") else "\n")
-        file.write(json.dumps({**asdict(record), "where": where}) + "\n")
-
-
 def warm_up(cases: list[Case], names: list[str], arguments: Namespace, out: Path) -> int:
     """Runs some cases' gates, so that compilers have their results on disk; says nothing of them.
 
@@ -290,7 +304,7 @@ def warm_up(cases: list[Case], names: list[str], arguments: Namespace, out: Path
 
     inductor.autotune_local_cache = False
     settings = Settings(torch.device(arguments.device))
-    first, of = map(int, arguments.share.split("/"))
+    first, of = share(arguments.share)
     for case, left in left_to_warm(cases, names, arguments, out)[first::of]:
         for maker in makers_of(case, left, settings).values():
             with contextlib.suppress(Exception):  # measured again, and said, in the run itself
@@ -304,65 +318,9 @@ def left_to_warm(
     """What one of the processes has still to measure: a second call warms no more than that."""
     device = torch.device(arguments.device)
     where = results.place(results.environment(device))
-    done = [
-        {(record.name, record.provider) for record in records_in(part(out, process), where)}
-        for process in range(arguments.processes)
-    ]
+    of_all = [done(part(out, i), where, arguments.call) for i in range(arguments.processes)]
     asked = {case.name: offered(case, names, device) for case in cases}
-    return in_turns(cases, asked, [], set.intersection(*done))
-
-
-def records_in(lines: Path, where: str) -> list[Record]:
-    """Those of a process on this device and commit; a line that a kill cut off is none."""
-    found = []
-    for line in lines.read_text().splitlines() if lines.exists() else ():
-        try:
-            record = json.loads(line)
-            if record.pop("where") == where:
-                found.append(Record(**record))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue
-    return found
-
-
-def merge(out: Path, about: dict[str, Any], asked: dict[str, list[str]]) -> None:
-    """Writes the result file from what all processes wrote on this device and commit.
-
-    Args:
-        about: "environment" and "ceilings"; without the latter, those of the file stay.
-        asked: providers by the case's name: those that have no record yet are written as missing,
-            beside what was missing before.
-    """
-    where = results.place(about["environment"])
-    parts = sorted(out.parent.glob(f"{out.stem}.process*.jsonl"))
-    records = [record for lines in parts for record in records_in(lines, where)]
-    add_moved(out, records)
-    before = results.read(out) if out.exists() else Results(about["environment"], {}, [])
-    if results.place(before.environment) == where:
-        asked = {
-            name: list(dict.fromkeys([*before.missing.get(name, ()), *asked.get(name, ())]))
-            for name in {**before.missing, **asked}
-        }
-    done = {(record.name, record.provider) for record in records}
-    left = {name: [p for p in who if (name, p) not in done] for name, who in asked.items()}
-    missing = {name: who for name, who in left.items() if who}
-    ceilings = about["ceilings"] or before.ceilings
-    Results(about["environment"], ceilings, records, missing).write(out)
-
-
-def moved_file(out: Path) -> Path:
-    """Where `python -m bench profile` writes the bytes that were moved."""
-    return out.with_name(f"{out.stem}.moved.jsonl")
-
-
-def add_moved(out: Path, records: list[Record]) -> None:
-    """Adds what was profiled to the records of the same case and provider."""
-    lines = moved_file(out)
-    found = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-    by_name = {(line["name"], line["provider"]): line["moved"] for line in found}
-    for record in records:
-        if (moved := by_name.get((record.name, record.provider))) is not None:
-            record.bytes["moved"] = moved
+    return in_turns(cases, asked, [], set.intersection(*of_all))
 
 
 def conclude(out: Path) -> int:

@@ -122,11 +122,18 @@ class Run:
         return [m for case in cases for m in self._by_case.get(case.name, ())]
 
     def providers(self, cases: Iterable[Case]) -> list[str]:
-        """Who was to measure these cases: the reference, fused, then the others as measured."""
-        cases = list(cases)
+        """Who has a record of these cases: the reference, fused, then the others as measured."""
         found = dict.fromkeys(m.provider for m in self.of(cases))
-        found |= dict.fromkeys(p for case in cases for p in self.missing.get(case.name, ()))
         return sorted(found, key=lambda p: (p != REFERENCE, p != FUSED))
+
+    @property
+    def left_out(self) -> str:
+        """A sentence on who was asked for and has no record of any case; or nothing."""
+        there = {m.provider for m in self.measured.values()}
+        missing = dict.fromkeys(p for who in self.missing.values() for p in who)
+        names = [provider for provider in missing if provider not in there]
+        said = f" Left out, without a record, {len(names)} providers: {', '.join(names)}."
+        return said if names else ""
 
     def timings(self, cases: Iterable[Case], which: str) -> list[str]:
         """The timings that any provider has of these cases and this pass, as in `TIMINGS`."""
@@ -158,14 +165,10 @@ def load(path: Path) -> Run:
         for record in results.records:
             groups.setdefault((record.name, record.provider), []).append(record)
         measured = {key: _together(records) for key, records in groups.items()}
-        environment, ceilings = dict(results.environment), dict(results.ceilings)
-        environment["versions"] = dict(environment.get("versions") or {})
-        if ceilings:
-            ceilings |= {key: float(ceilings[key]) for key in ("copy", "matmul")}
-        str(environment["device"])
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no result file of python -m bench: {error!r}") from None
-    return Run(path, environment, ceilings, measured, results.missing)
+    except ValueError as error:
+        raise ValueError(f"{path} is no result file of python -m bench: {error}") from None
+    environment = {**results.environment, "versions": results.environment.get("versions") or {}}
+    return Run(path, environment, results.ceilings, measured, results.missing)
 
 
 def _together(records: list[Record]) -> Measured:

@@ -10,7 +10,7 @@ GPU, in Triton's interpreter as they repair it.
 
 import re
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +24,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench.cases import share as numbers
 from bench.configured import along_with_few_rows, configured
 from bench.operands import DTYPES, S_SCALE, Layer, Operands
 from fused_route import Routing, RoutingInput, routed_adapter, routed_linear
+from fused_route.coverage import device_obstacle
 from fused_route.functional import ProductPlan
 from fused_route.kernels.launch import Launch
 
@@ -306,10 +308,23 @@ def summarise(paths: Sequence[Path]) -> int:
 
 def share(text: str) -> tuple[int, int]:
     """I/N as (I, N)."""
-    first, step = map(int, text.split("/"))
-    if not 0 <= first < step:
-        raise ValueError(text)
-    return first, step
+    try:
+        return numbers(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def on(device: str) -> str:
+    """A device that kernels run on; ValueError otherwise."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cuda or cpu, got {device!r}") from None
+    is_lacking = found.type == "cuda" and not torch.cuda.is_available()
+    why = "torch sees no GPU" if is_lacking else device_obstacle(found)
+    if why is not None:
+        raise ValueError(f"device={device!r}, but {why}; TRITON_INTERPRET=1 runs kernels on a CPU")
+    return device
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -324,8 +339,13 @@ def main(given: Sequence[str] | None = None) -> int:
     logs = commands.add_parser("summarise", help="count the records of logs by kernel")
     logs.add_argument("logs", nargs="+", type=Path, metavar="LOG")
     arguments = parser.parse_args(given)
-    if arguments.command == "summarise":
-        return summarise(arguments.logs)
+    try:
+        if arguments.command == "summarise":
+            return summarise(arguments.logs)
+        on(arguments.device)
+    except (ValueError, OSError) as error:
+        print(f"python -m bench.sanitize: {error}", file=sys.stderr)
+        return 2
     return run(arguments.device, *arguments.share)
 
 

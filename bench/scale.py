@@ -8,7 +8,6 @@ For each route and normalisation, on the demo's questions and image features:
 * loss and test accuracy at the end.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.results import for_writing, write_whole
 from fused_route import Attached, RoutedLinear
 from fused_route.reference import grouped
 from fused_route.training.demo import compare
@@ -161,15 +161,18 @@ def line(run: Run) -> list[str]:
 
 
 def study(runs: list[Run], out: Path) -> None:
-    """Trains every run, prints a row for each as it ends, and writes all of them as JSON."""
+    """Trains every run; prints a row for each as it ends, and writes those so far as JSON.
+
+    Raises:
+        ValueError: the file cannot be written: before anything is trained.
+    """
+    for_writing(out)
     _, tokenizer = load_encoder(encoder_directory(), compare.Settings().layers)
     splits = compare.load_splits(load_efficientnet_lite0(), tokenizer, CACHE_DIR)
     print("| " + " | ".join([*COLUMNS, "loss", "test"]) + " |")
     print("|" + " --- |" * (len(COLUMNS) + 2))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for run in runs:
+    versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    for i, run in enumerate(runs, 1):
         train(run, *splits)
         print("| " + " | ".join(line(run)) + " |", flush=True)
-    versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    record = {"versions": versions, "runs": [asdict(run) for run in runs]}
-    out.write_text(json.dumps(record, indent=1) + "\n")
+        write_whole({"versions": versions, "runs": [asdict(run) for run in runs[:i]]}, out)

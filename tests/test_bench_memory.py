@@ -310,6 +310,15 @@ def test_what_was_measured_is_neither_measured_again_nor_lost(
     assert memory.read(tmp_path / "m.before1.json") == rows
 
 
+def test_no_gpu_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["memory", "--device", "cuda"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("device='cuda', but torch sees no GPU; use --device cpu")
+
+
 def test_a_table_of_what_there_is() -> None:
     """Of an interrupted call: a variant that one case lacks."""
     other = replace(GPT2, route="gram")

@@ -1,7 +1,6 @@
 """Report and figures of result files: known numbers in, exact cells out."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from measured_records import (
     CEILINGS,
+    ENVIRONMENT,
     LARGE,
     SMALL,
     STEP,
@@ -22,7 +22,7 @@ from measured_records import (
 )
 from PIL import Image
 
-from bench import compare, figures, formula, report
+from bench import figures, formula, report
 from bench.cases import AROUND, SCALING, Case, op
 from bench.results import Record, Results
 from bench.runs import Run, Time, load
@@ -62,32 +62,6 @@ class TestProcesses:
         assert found and list(found.errors) == ["no times, and no error"]
 
 
-BAD: dict[str, Callable[[Path], object]] = {
-    "empty": lambda path: path.write_text(""),
-    "foreign": lambda path: path.write_text('{"versions": {}, "runs": []}'),
-    "a list": lambda path: path.write_text("[]"),
-    "not there": lambda path: None,
-    "no records": lambda path: write(path, []),
-    "no device": lambda path: Results({}, {}, [record(SMALL, "fused", 1)]).write(path),
-    "half the ceilings": lambda path: write(path, [record(SMALL, "fused", 1)], {"copy": 1}),
-    "another case": lambda path: write(path, [Record("x", {"kind": "op"}, "fused")]),
-    "no number": lambda path: write(path, [record(SMALL, "fused", float("nan"))]),
-    "no time": lambda path: write(path, [record(SMALL, "fused", 0.0)]),
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_files_are_named(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "bad.json"
-    BAD[kind](path)
-    good = write(tmp_path / "good.json", [record(SMALL, "fused", 1)])
-    with pytest.raises(ValueError, match=r"bad\.json"):
-        report.main([good, path], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"bad\.json"):
-        compare.main(good, path)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.usefixtures("floor")
 class TestTables:
     def three(self, run: Loader, **more: Any) -> Run:
@@ -122,6 +96,24 @@ class TestTables:
         found = run(record(SMALL, "reference", 200))
         table = report.time_table(found, [SMALL], "both", ["reference"])
         assert table[0][-1] == "reference: of floor" and table[1][-1] == "25%"
+
+    def test_who_has_no_record_has_no_column(self, tmp_path: Path, capsys: Said) -> None:
+        """A provider that some case has keeps its column of that host alone."""
+        found = [record(SMALL, name, 100) for name in ("reference", "fused")]
+        found += [record(STEP, name, 100) for name in ("reference", "frozen")]
+        missing = {SMALL.name: ["peft", "frozen"], STEP.name: ["peft", "compile"]}
+        path = tmp_path / "a.json"
+        Results(ENVIRONMENT, CEILINGS, found, missing).write(path)
+        report.main([path])
+        page, said = (tmp_path / "a" / "report.md").read_text(), capsys.readouterr().out
+        line = "Left out, without a record, 2 providers: peft, compile."
+        assert line in page and line in said
+        read = load(path)
+        assert read.providers([SMALL]) == ["reference", "fused"]
+        assert [row[1] for row in report.model_table(read, [STEP], "graph")[1:]] == [
+            "reference", "frozen",
+        ]  # fmt: skip
+        assert f"| {SMALL.name} | peft, frozen |" in page
 
     def test_speedup(self, run: Loader) -> None:
         found = self.three(run)

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import measure, protocol, results, run
+from bench import measure, parts, protocol, results, run
 from bench.__main__ import main
 from bench.cases import Case, grid
 from bench.measure import Maker, Settings
-from bench.results import Record
+from bench.results import Record, Results
 
 CPU = torch.device("cpu")
 RUN = ["--grid", "smoke", "--case", "op/adapter/*", "--device", "cpu", "--seconds", "0.02",
@@ -80,7 +80,7 @@ def test_what_a_process_died_at_is_an_error_and_the_rest_goes_on(
     said = capsys.readouterr()
     assert f"{CASES[1].name} published: the process ended with {how}" in said.out
     assert f"process 0 ended with {how}" in said.err
-    assert not run.at(tmp_path / "r.json", 0).exists()
+    assert not parts.at(tmp_path / "r.json", 0).exists()
 
 
 @pytest.mark.parametrize("code", [-2, -15])
@@ -90,8 +90,30 @@ def test_a_process_that_was_stopped_has_no_error(
     assert started(dies_at_gram, code) == 1
     found = results.read(tmp_path / "r.json").records
     assert [r.error for r in found] == [None] * 2  # of the case before
-    lines = run.part(tmp_path / "r.json", 0).read_text().splitlines()
+    lines = parts.part(tmp_path / "r.json", 0).read_text().splitlines()
     assert len(lines) == 3 and not any(json.loads(line)["error"] for line in lines)
+
+
+def test_a_run_that_is_interrupted_says_how_it_goes_on(
+    tmp_path: Path, started: Callable[..., int], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def interrupted(case: Case, names: list[str]) -> Iterator[Record]:
+        yield record(case, names[0])
+        raise KeyboardInterrupt
+
+    assert started(interrupted, 0) == 1  # of the process alone
+    said = capsys.readouterr().err
+    assert "process 0 ended with status 130" in said and "interrupted" not in said
+    assert [r.error for r in results.read(tmp_path / "r.json").records] == []
+
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "repeated", stops)
+    assert main([*RUN, "--out", str(tmp_path / "r.json")]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "python -m bench run: interrupted; the same command goes on"
 
 
 def test_a_death_that_is_no_case_s_is_not_tried_again(
@@ -99,7 +121,7 @@ def test_a_death_that_is_no_case_s_is_not_tried_again(
 ) -> None:
     """Nor is one blamed that another process was at when it was killed."""
     case = {"case": CASES[0].to_json(), "providers": ["reference"]}
-    run.at(tmp_path / "r.json", 0).write_text(json.dumps(case))
+    parts.at(tmp_path / "r.json", 0).write_text(json.dumps(case))
     deaths = []
 
     def dies(*_: object) -> None:
@@ -131,7 +153,7 @@ def arguments(tmp_path: Path, *more: str) -> Namespace:
 def noted(tmp_path: Path, process: int, *done: tuple[Case, str]) -> None:
     where = results.place(results.environment(CPU))
     for case, name in done:
-        run.append(run.part(tmp_path / "r.json", process), record(case, name, process), where)
+        parts.append(parts.part(tmp_path / "r.json", process), record(case, name, process), where)
 
 
 def test_only_what_a_process_has_still_to_measure_is_warmed(
@@ -172,7 +194,7 @@ def test_where_nothing_is_left_nothing_is_warmed(
     monkeypatch.setattr(run, "warm", lambda again, n, stop: shares.append(n))
     monkeypatch.setattr(run, "repeated", lambda *_: True)
     monkeypatch.setattr(run, "conclude", lambda _: 0)
-    (tmp_path / "r.json").touch()
+    Results({"device": "A GPU", "commit": "one"}, {}, []).write(tmp_path / "r.json")
     given = arguments(tmp_path, "--device", "cuda", "--warm", "2")
     assert run.run(given) == 0
     for process in range(2):

@@ -93,6 +93,49 @@ def test_parts_measure_every_provider_of_operations(tmp_path: Path) -> None:
     assert "--warm" not in told["autotune"]  # which product is fastest is found by timing them
 
 
+@pytest.mark.parametrize("grids", [{}, {"HEADLINE": "smoke", "MODELS": "smoke", "STEP": "step/*"}])
+def test_all_measures_cases_that_there_are(grids: dict[str, str], tmp_path: Path) -> None:
+    env = {**with_python(f'echo "$@" >> {tmp_path / "told"}', tmp_path), **grids}
+    subprocess.run([*SCRIPT, "all"], env=env, capture_output=True, check=True)
+    told = [shlex.split(line) for line in (tmp_path / "told").read_text().splitlines()]
+    kinds = [[case.kind for case in cases_of(t[2:])] for t in told if t[:2] == ["-m", "bench"]]
+    assert len(kinds) == 2 and set(kinds[0]) == {"op"} and kinds[1] == ["step"]
+
+
+@pytest.mark.parametrize("name", ["WORK", "OUT"])
+def test_a_folder_that_cannot_be_made_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    env = {**with_python("true", tmp_path), name: str(tmp_path / "file" / "folder")}
+    done = subprocess.run([*SCRIPT, "models"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == (
+        f"bench/gpu.sh: {name} must be a folder that can be written; got '{env[name]}'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "writes", "said"),
+    [
+        ("models", (), "next: nothing was measured; read {out}/logs.tar.gz"),
+        ("generate", ("generation.json",), "next: copy {out}/generation.json to bench/results/"),
+        ("memory", ("memory.json",), "next: copy {out}/memory.json to bench/results/"),
+        ("models", ("results.json",), "next: copy {out}/summary.json to bench/results/"),
+        ("models", ("results.json", "report/report.md"),
+         "next: copy {out}/summary.json to bench/results/; {out}/summary.md says more"),
+    ],
+)  # fmt: skip
+def test_the_last_line_names_what_was_written(
+    part: str, writes: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    makes = "; ".join(f"touch {work / name}" for name in writes)
+    fails = "" if "report/report.md" in writes else '[ "$3" != report ]'
+    env = with_python(f"mkdir -p {work / 'report'}; {makes or 'true'}; {fails}", tmp_path)
+    done = subprocess.run([*SCRIPT, part], env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == said.format(out=out)
+    assert all(Path(word).exists() for word in done.stdout.split() if word.startswith(str(out)))
+
+
 def test_another_process_of_the_operations(tmp_path: Path) -> None:
     told = told_by_the_script("ops", tmp_path, PROCESSES="2")
     assert told[told.index("--processes") + 1] == "2"

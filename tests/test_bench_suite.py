@@ -10,7 +10,7 @@ import torch
 from tile_tables import launched, way_of
 from torch import Tensor
 
-from bench import formula, measure, profile, protocol, providers, results, run
+from bench import formula, measure, parts, profile, protocol, providers, results, run
 from bench.__main__ import main
 from bench.cases import GRIDS, HOSTS, ROUTES, Case, grid, op
 from bench.correct import Gate
@@ -207,7 +207,7 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     given = [*RUN, "--provider", "reference", "--out", str(out)]
     assert main([*given, "--process", "0"]) == 0
-    lines = run.part(out, 0)
+    lines = parts.part(out, 0)
     first = lines.read_text()
     lines.write_text(first + '{"name": "cut o')
     assert main([*given, "--provider", "published", "--process", "0"]) == 0
@@ -229,6 +229,9 @@ def test_processes_are_repeated_and_merged(
     assert {record.process for record in results.read(tmp_path / "r.json").records} == {0, 1}
 
 
+CASE = ["--grid", "cpu", "--case"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -236,7 +239,20 @@ def test_processes_are_repeated_and_merged(
         (["--provider", "magic"], "provider must be one of"),
         (["--device", "tpu"], "device must be cuda or cpu"),
         (["--seconds", "0"], "seconds must be positive"),
+        (["--budget", "-5"], "budget must be positive, got -5.0"),
+        (["--budget", "nan"], "budget must be positive, got nan"),
+        (["--process", "-1"], "process must be a whole number of at least 0, got -1"),
+        *(
+            (["--share", text], f"share must be i/n with i from 0 to n - 1, got '{text}'")
+            for text in ("x/y", "1/0", "2/2", "0/x", "3")
+        ),
+        (
+            [*CASE, "op/adapter/*", *CASE, "op/adaptor/*", *CASE, "oops"],
+            "case: none of grid 'cpu' matches op/adaptor/* or oops",
+        ),
+        (["bogus"], "command must be one of run, report, compare, tune, profile, gates"),
         (["profile", "nowhere.json"], "ncu"),
+        (["profile", "nowhere.json", "--budget", "-1"], "budget must be positive, got -1.0"),
     ],
 )
 def test_bad_input_is_an_error_without_a_traceback(
@@ -278,9 +294,9 @@ def test_bytes_of_a_profile() -> None:
 def test_a_profile_is_added_to_its_case_alone(tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     line = {"name": TINY.name, "provider": "fused", "moved": 5.0}
-    run.moved_file(out).write_text(json.dumps(line) + "\n")
+    parts.moved_file(out).write_text(json.dumps(line) + "\n")
     records = [Record(TINY.name, TINY.to_json(), name) for name in ("fused", "reference")]
-    run.add_moved(out, records)
+    parts.add_moved(out, records)
     assert [record.bytes for record in records] == [{"moved": 5.0}, {}]
 
 
@@ -388,7 +404,7 @@ def test_a_lost_gpu_ends_the_process_with_its_culprit(
     given = [*RUN, "--provider", "reference", "--provider", "bad", "--process", "0"]
     assert main([*given, "--out", str(tmp_path / "r.json")]) == run.LOST
     where = results.place(results.environment(CPU))
-    (record,) = run.records_in(run.part(tmp_path / "r.json", 0), where)
+    (record,) = parts.records_in(parts.part(tmp_path / "r.json", 0), where)
     assert (record.provider, record.error) == ("bad", "illegal access")
 
 
@@ -401,7 +417,7 @@ def test_records_of_other_code_are_measured_again(
         assert main(given) == 0
         found = results.read(tmp_path / "r.json")
         assert found.environment["commit"] == commit and len(found.records) == 1
-    assert len(run.part(tmp_path / "r.json", 0).read_text().splitlines()) == 2
+    assert len(parts.part(tmp_path / "r.json", 0).read_text().splitlines()) == 2
 
 
 def test_a_budget_that_is_spent_measures_nothing(tmp_path: Path) -> None:

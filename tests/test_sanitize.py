@@ -11,6 +11,7 @@ from bench import sanitize
 from bench.offline.count_launches import count
 from bench.operands import Layer
 from bench.sanitize import CASES, KERNELS, TRIALS, Case
+from fused_route import coverage
 from fused_route.plan import kernels
 
 pytest.importorskip("triton")
@@ -244,3 +245,29 @@ def test_a_log_that_does_not_say_all_is_no_clean_one(
 ) -> None:
     assert sanitize.summarise([log(tmp_path, *parts, total=total)]) == 1
     assert why in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--device", "cuda"], "device='cuda', but torch sees no GPU; "),
+        (["--device", "tpu"], "device must be cuda or cpu, got 'tpu'"),
+        (["--device", "cpu"], "device='cpu', but tensors are on cpu, not on a GPU; "),
+        (["summarise", "/nope"], "'/nope'"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    given: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(coverage, "has_triton", lambda: True)
+    monkeypatch.setattr(coverage, "emulates", lambda device: False)
+    assert sanitize.main(given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m bench.sanitize: ") and said in line
+
+
+def test_a_share_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sanitize.main(["--share", "1/0"])
+    assert "share must be i/n with i from 0 to n - 1, got '1/0'" in capsys.readouterr().err
