@@ -104,7 +104,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "saved tied": (
         lambda: attach(gpt2(), RoutedConfig(["c_attn"], modules_to_save=("lm_head",))),
-        r"lm_head\.weight is tied to transformer\.wte\.weight, which would train too; name all modules",
+        r"lm_head\.weight is tied to transformer\.wte\.weight, which would train too; name all",
     ),
     "saved tied to the head": (
         lambda: attach(gpt2(), RoutedConfig(["c_attn"], modules_to_save=("wte",))),
