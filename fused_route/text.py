@@ -84,7 +84,8 @@ class Following:
         self.context.push(self)
         if not self.is_used():
             return
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        inner = getattr(module, "base_layer", module)  # a layer of PEFT's around it takes anything
+        given = inspect.signature(inner.forward).bind_partial(*args, **kwargs).arguments
         if self.routed_by == "text":
             mask = given.get("attention_mask")
             self.context.set(text_mask="all" if mask is None else mask)

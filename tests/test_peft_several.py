@@ -14,7 +14,7 @@ from transformers import RobertaForSequenceClassification as RobertaClassifier
 
 peft = pytest.importorskip("peft", minversion="0.21")
 
-from fused_route.peft import RoutedLoraConfig, context_of  # noqa: E402
+from fused_route.peft import RoutedAdapterConfig, RoutedLoraConfig, context_of  # noqa: E402
 
 DECODER = r".*decoder.*\.q_proj"
 TINY: dict[str, Any] = {
@@ -118,6 +118,15 @@ def test_hooks_of_an_adapter_that_is_gone_do_nothing() -> None:
     fresh = bart(of(DECODER))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(run(model), run(fresh))
+
+
+def test_an_adapter_around_the_encoder_knows_its_padding() -> None:
+    config = RoutedAdapterConfig(r=4, target_modules="encoder", routed_by="text")
+    model = drawn(peft.get_peft_model(MODELS["bart"](), config))
+    encoder = model.base_model.model.get_encoder()
+    mask = torch.ones_like(IDS).index_fill(1, torch.tensor([2]), 0)
+    padded = encoder(IDS, attention_mask=mask)[0][:, :2]
+    torch.testing.assert_close(padded, encoder(IDS[:, :2])[0])
 
 
 def projected(**more: Any) -> Any:
